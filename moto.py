@@ -572,18 +572,23 @@ class Agent:
         self.half = cfg.precision == "bfloat16"
 
     def step(self, name, loss):
-        """One optimiser step on `loss` for the parameters of module `name`, and for no others."""
+        """One optimiser step on `loss` for the parameters of module `name`, and for no others. Returns the gradient's norm.
+
+        Raises FloatingPointError, before any parameter moves, on a loss or gradient that is not finite.
+        """
         parameters = list(self.modules[name].parameters())
         self.optimisers[name].zero_grad()
         loss.backward(inputs=parameters)
         norm = nn.utils.clip_grad_norm_(parameters, self.cfg.grad_clip)
+        if not torch.isfinite(norm):                                           # before the step: no parameter is spoilt
+            raise FloatingPointError(f"the {name} loss became {float(loss.detach())} with a gradient of norm {float(norm)}")
         self.optimisers[name].step()
         return norm
 
     def update(self, batch):
         """One step of everything. batch: dict of uint8 image (B, T, P, P, 3), a, r, terminal, first, offline (B, T).
 
-        Returns metrics (floats). Raises Trouble before any parameter moves on a loss that is not finite.
+        Returns metrics (floats). Raises FloatingPointError as `step` does.
         """
         cfg, model = self.cfg, self.model
         batch = {name: torch.as_tensor(value).to(self.device, non_blocking=True) for name, value in batch.items()}
@@ -593,7 +598,6 @@ class Agent:
             leaves = (~batch["first"][:, 1:]).float()                          # one where a_{t+1} really leaves s_t
             demonstrated = leaves * batch["offline"][:, 1:].float()
             shaping = behaviour_loss(self.actor, feat, batch["a"], demonstrated) if cfg.repr_weight else torch.zeros(())
-        check_finite({"model": loss, "behaviour": shaping})
         metrics["grad/model"] = self.step("model", loss + cfg.repr_weight * shaping)
         u, typical = metrics["model/disagreement"], model.typical_u
         typical.copy_(torch.where(typical == 0, u, torch.lerp(typical, u, 0.01)))
@@ -604,7 +608,7 @@ class Agent:
             metrics["actor/behaviour_nll"] = behaviour.detach()
             if cfg.value_weight == 0:
                 self.step("actor", behaviour)
-                return {name: float(value) for name, value in metrics.items()}
+                return {name: float(value.detach()) for name, value in metrics.items()}
             start = feat.flatten(0, 1)
             dream = imagine(model, self.actor, start[:, :cfg.deter], start[:, cfg.deter:], cfg.horizon)
             reward = model.expected_reward(dream["feat"][1:])
@@ -620,14 +624,13 @@ class Agent:
             dreamt = critic_loss(self.critic(dream["feat"][:-1].detach(), dream["a"][:-1].detach()), V[:-1], weight[:-1],
                                  self.critic.unit)
             loss_critic = cfg.real_weight * real + dreamt
-        check_finite({"actor": loss_actor, "critic": loss_critic})
         metrics["grad/actor"] = self.step("actor", loss_actor)
         metrics["grad/critic"] = self.step("critic", loss_critic)
         update_target(self.target, self.critic, cfg.target_rate)
         metrics |= {"actor/value": V[0].mean() * (1 - cfg.gamma), "actor/entropy": -dream["logp"][0].mean(),
                     "critic/real": real, "critic/imagined": dreamt, "imagined/reward": reward.mean(),
                     "imagined/disagreement": dream["u"].mean() / model.typical_u}
-        return {name: float(value) for name, value in metrics.items()}
+        return {name: float(value.detach()) for name, value in metrics.items()}
 
     @torch.no_grad()
     def act(self, image, state, generator=None):
@@ -652,13 +655,6 @@ class Agent:
             module.load_state_dict(state["modules"][name])
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(state["optimisers"][name])
-
-
-def check_finite(losses):
-    for name, value in losses.items():
-        if not math.isfinite(float(value)):
-            raise Trouble(f"the {name} loss became {float(value)}; lower --{name if name in ('actor', 'critic') else 'model'}-lr "
-                          "or use --precision float32, and start from the last checkpoint by repeating the command")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -778,10 +774,11 @@ GL_HELP = ("no OpenGL backend works for MuJoCo without a screen; install one (De
 
 def choose_gl():
     """Set MUJOCO_GL, which must happen before mujoco is imported: the user's value, else EGL, else OSMesa. Linux only."""
-    if os.environ.get("MUJOCO_GL") or not sys.platform.startswith("linux") or "mujoco" in sys.modules:
+    if not sys.platform.startswith("linux") or "mujoco" in sys.modules:
         return
-    for backend in ("egl", "osmesa"):                                          # a failed import cannot be undone: try elsewhere
-        trial = "import mujoco; c = mujoco.GLContext(8, 8); c.make_current(); c.free()"
+    chosen = os.environ.get("MUJOCO_GL")
+    for backend in [chosen] if chosen else ("egl", "osmesa"):                  # a failed import cannot be undone: try elsewhere
+        trial = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8).close()"
         if subprocess.run([sys.executable, "-c", trial], env=os.environ | {"MUJOCO_GL": backend},
                           capture_output=True).returncode == 0:
             os.environ["MUJOCO_GL"] = backend
@@ -800,7 +797,7 @@ class MetaWorld:
 
     def __init__(self, cfg):
         choose_gl()
-        warnings.filterwarnings("ignore", "Constant", module="metaworld")
+        warnings.filterwarnings("ignore", "Constant")                          # its scripted policies leave [-1, 1]; they are clipped
         try:
             import mujoco
             from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as tasks
@@ -904,7 +901,7 @@ class GymTask:
 
     def render(self):
         from PIL import Image
-        return np.asarray(Image.fromarray(self.env.render()).resize((self.size, self.size), Image.Resampling.BOX))
+        return np.array(Image.fromarray(self.env.render()).resize((self.size, self.size), Image.Resampling.BOX))
 
     def close(self):
         self.env.close()
@@ -1129,7 +1126,11 @@ class Run:
     def update(self, bar, stage):
         """The one update of both phases: sample, learn, count, log, save, and stop here if asked."""
         started = time.perf_counter()
-        metrics = self.agent.update(sample_batch(self.cfg, self.rng, self.offline, self.online))
+        try:
+            metrics = self.agent.update(sample_batch(self.cfg, self.rng, self.offline, self.online))
+        except FloatingPointError as error:
+            raise Trouble(f"{error} at update {self.state['updates'] + 1}; lower the learning rates (--model-lr, --actor-lr, --critic-lr) "
+                          "or use --precision float32: the last good checkpoint is kept, in " + str(self.dir)) from None
         self.state["updates"] += 1
         self.clock(stage, started)
         self.pending.append(metrics)
@@ -1275,7 +1276,6 @@ def open_loop(agent, episode, context=5, steps=40):
 
 
 def figure(width, height, *shape, **kwargs):
-    import matplotlib
     from matplotlib.figure import Figure                                       # no pyplot: no window, no global state
     fig = Figure((width, height), layout="constrained")
     return fig, fig.subplots(*shape, **kwargs)

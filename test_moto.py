@@ -1,0 +1,834 @@
+"""Tests of moto.py: every equation against an independent oracle, then data, resuming, errors, simulator, command line, learning.
+
+    python -m pytest -q test_moto.py
+"""
+import copy, dataclasses, importlib.util, json, math, os, re, resource, signal, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributions as D
+
+HERE = Path(__file__).resolve().parent
+spec = importlib.util.spec_from_file_location("moto", HERE / "moto.py")       # this file, even where PyPI's moto is installed
+moto = sys.modules["moto"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(moto)
+
+TINY = dict(task="gym:test/Dot-v0", device="cpu", image_size=16, action_repeat=1, episode_steps=12, batch=4, length=6, channels=4,
+            deter=16, stoch=6, hidden=16, ensemble=3, horizon=3, offline_updates=6, online_episodes=2, updates_per_episode=4,
+            eval_every=100, eval_episodes=2, final_episodes=2, log_every=1, save_every=1, offline_fraction=0.5)
+
+
+def tiny(**changes):
+    return moto.build_config(**(TINY | changes))
+
+
+def flags(**values):
+    return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def batch_of(cfg, B=4, T=6, A=2, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    first = torch.zeros(B, T, dtype=torch.bool)
+    first[:, 0] = True
+    return {"image": torch.randint(0, 255, (B, T, cfg.image_size, cfg.image_size, 3), generator=g, dtype=torch.uint8),
+            "a": torch.rand(B, T, A, generator=g) * 1.8 - 0.9, "r": torch.rand(B, T, generator=g), "terminal": torch.zeros(B, T),
+            "first": first, "offline": torch.ones(B, T, dtype=torch.bool)}
+
+
+def prepared(batch):
+    return {k: v for k, v in batch.items() if k != "image"} | {"x": moto.to_image(batch["image"])}
+
+
+@pytest.fixture
+def agent():
+    return moto.Agent(tiny(), 2, True, "cpu")
+
+
+# ------------------------------------------------------------------------------------------------------ the toy task
+
+class Dot:
+    """A dot on a 16x16 canvas must reach the middle within 12 steps. Red: position. Blue: constant. Reward 1 in the middle."""
+
+    @staticmethod
+    def register():
+        import gymnasium
+
+        class Environment(gymnasium.Env):
+            metadata = {"render_modes": ["rgb_array"]}
+            action_space = gymnasium.spaces.Box(-2.0, 2.0, (2,), np.float32)   # not [-1, 1]: the mapping matters
+            observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+
+            def __init__(self, render_mode=None, terminates=False):
+                self.render_mode, self.terminates = render_mode, terminates
+
+            def reset(self, seed=None, options=None):
+                super().reset(seed=seed)
+                angle = self.np_random.uniform(0, 2 * np.pi)
+                self.p = 0.85 * np.array([np.cos(angle), np.sin(angle)])
+                return self.p.astype(np.float32), {}
+
+            def step(self, action):
+                self.p = np.clip(self.p + 0.1 * np.asarray(action), -1, 1)     # 0.2 for a full normalised action
+                inside = bool(np.linalg.norm(self.p) < 0.25)
+                return self.p.astype(np.float32), float(inside), self.terminates and inside, False, {"success": inside}
+
+            def render(self):
+                y, x = np.mgrid[0:16, 0:16] / 7.5 - 1
+                blob = np.exp(-((x - self.p[0]) ** 2 + (y - self.p[1]) ** 2) / 0.06)
+                ring = (np.hypot(x, y) < 0.25) * 0.5
+                return (255 * np.stack([blob, ring, 0.2 * np.ones_like(x)], -1)).astype(np.uint8)
+
+        for name, kwargs in (("test/Dot-v0", {}), ("test/DotEnds-v0", {"terminates": True})):
+            if name not in gymnasium.registry:
+                gymnasium.register(name, lambda render_mode=None, kw=kwargs: Environment(render_mode, **kw))
+
+
+Dot.register()
+
+
+def dot_episodes(folder, count, speed=0.4, noise=0.5, seed=0, steps=12, **changes):
+    """Successful episodes of a slow and noisy demonstrator, in the documented layout."""
+    env, rng, kept, attempt = moto.make_env(tiny(**changes)), np.random.default_rng(seed), 0, 0
+    while kept < count:
+        image, images, actions, rewards, attempt = env.reset([7, seed, attempt]), [], [], [], attempt + 1
+        images.append(image)
+        for _ in range(steps):
+            p = env.env.unwrapped.p
+            a = np.clip(-speed * p / max(np.linalg.norm(p), 0.2) + noise * rng.standard_normal(2), -1, 1)
+            image, reward, terminal, over, _ = env.step(a)
+            images.append(image), actions.append(a), rewards.append(reward)
+            if over:
+                break
+        if any(rewards):
+            moto.save_episode(Path(folder) / f"{kept:03d}.npz", images, actions, rewards, terminal)
+            kept += 1
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dots(tmp_path_factory):
+    return dot_episodes(tmp_path_factory.mktemp("dots"), 6)
+
+
+# ------------------------------------------------------------------------------------------------------ the equations
+
+def test_eq01_filter_follows_images_and_forgets_at_a_seam(agent):
+    x, a = moto.to_image(batch_of(agent.cfg)["image"]), batch_of(agent.cfg)["a"]
+    first = torch.zeros(4, 6, dtype=torch.bool)
+    first[:, 0] = first[:, 3] = True
+    run = lambda x, a: (torch.manual_seed(0), agent.model.observe(x, a, first))[1]
+    h, z, mean, std = run(x, a)
+    x2, a2 = x.clone(), a.clone()
+    x2[:, :3], a2[:, :4] = 0, 0                                               # everything before the seam, and the action into it
+    h2, _, mean2, _ = run(x2, a2)
+    assert torch.equal(mean[:, 3:], mean2[:, 3:]) and not torch.allclose(mean[:, 1:3], mean2[:, 1:3])
+    x3 = x.clone()
+    x3[:, 4] = 0                                                              # x_4 changes s_4, nothing before it, and h_4 not at all
+    h3, _, mean3, _ = run(x3, a)
+    assert torch.equal(mean[:, :4], mean3[:, :4]) and torch.equal(h[:, 4], h3[:, 4])
+    assert not torch.allclose(mean[:, 4], mean3[:, 4]) and not torch.allclose(h[:, 5], h3[:, 5])
+    assert (std >= 0.1).all()
+
+
+def test_eq02_heads_are_separate_networks_with_separate_starts():
+    net = moto.EnsembleMLP(4, 5, 7, 3, depth=2)
+    inp = torch.randn(11, 5)
+    out = net(inp)
+    W, b = net.first.weight.view(4, 7, 5), net.first.bias.view(4, 7)
+    for k in range(4):
+        y = torch.nn.functional.silu(inp @ W[k].T + b[k])
+        y = torch.nn.functional.silu(y @ net.weights[0][k] + net.biases[0][k])
+        torch.testing.assert_close(out[k], y @ net.weights[1][k] + net.biases[1][k])
+    assert all(not torch.allclose(out[i], out[j]) for i in range(4) for j in range(i))
+    grads = torch.autograd.grad(out[1].sum(), list(net.parameters()))
+    assert grads[0].view(4, 7, 5)[[0, 2, 3]].abs().sum() == 0 and grads[0].view(4, 7, 5)[1].abs().sum() > 0
+    assert all(g[[0, 2, 3]].abs().sum() == 0 for g in grads[2:])
+
+
+def test_eq02_a_rollout_draws_a_head_afresh_at_each_step(agent):
+    priors = agent.model.priors
+    with torch.no_grad():                                                     # head k predicts mean k and the smallest deviation
+        for p in priors.weights:
+            p.zero_()
+        priors.biases[-1][..., :6] = torch.arange(3.0)[:, None, None]
+        priors.biases[-1][..., 6:] = -30
+    dream = moto.imagine(agent.model, agent.actor, *agent.model.initial(60, "cpu"), 3)
+    k = dream["feat"][1:, :, 16:].mean(-1).round().long()
+    assert set(k.flatten().tolist()) == {0, 1, 2}
+    assert (k[0] != k[1]).any() and (k[1] != k[2]).any()
+
+
+@pytest.mark.parametrize("head", ["bernoulli", "normal"])
+def test_eq03_decoder_losses_are_log_likelihoods(head):
+    model = moto.WorldModel(tiny(reward_head=head), 2, True)
+    feat, x, r, terminal = torch.randn(5, 22), torch.rand(5, 3, 16, 16) - 0.5, torch.tensor([0., 1, 1, 0, 1]), torch.tensor([0., 0, 0, 0, 1])
+    losses = moto.decoder_losses(model, feat, x, r, terminal, torch.arange(5))
+    image = -D.Normal(model.decoder(feat), 1.0).log_prob(x).sum((1, 2, 3)) - 3 * 16 * 16 * 0.5 * math.log(2 * math.pi)
+    raw = model.reward(feat).squeeze(-1)
+    reward = -(D.Bernoulli(logits=raw).log_prob(r) if head == "bernoulli" else D.Normal(raw, 1.0).log_prob(r) + 0.5 * math.log(2 * math.pi))
+    torch.testing.assert_close(losses["image"], image.mean(), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(losses["reward"], reward.mean())
+    torch.testing.assert_close(losses["continuation"],
+                               -D.Bernoulli(logits=model.continuation(feat).squeeze(-1)).log_prob(1 - terminal).mean())
+    parts = [moto.decoder_losses(model, feat, x, r, terminal, torch.tensor([i]))["image"] for i in range(5)]
+    torch.testing.assert_close(torch.stack(parts).mean(), losses["image"])     # a random subset is unbiased
+
+
+def test_eq04_model_loss_is_the_sum_of_its_parts_and_reaches_every_parameter(agent):
+    cfg = agent.cfg
+    torch.manual_seed(0)
+    loss, metrics, feat = moto.model_loss(agent.model, prepared(batch_of(cfg)))
+    expected = (metrics["model/image"] + cfg.reward_scale * metrics["model/reward"] + cfg.kl_scale * metrics["model/kl"]
+                + metrics["model/continuation"])
+    torch.testing.assert_close(loss.detach(), expected)
+    assert feat.shape == (4, 6, 22) and feat.requires_grad
+    agent.model.cfg = dataclasses.replace(cfg, free_nats=0.0)
+    loss, *_ = moto.model_loss(agent.model, prepared(batch_of(cfg)))
+    grads = torch.autograd.grad(loss, list(agent.model.parameters()))          # raises on a parameter that is not used
+    assert all(g.abs().sum() > 0 for g in grads)
+
+
+def test_eq05_kl_against_torch_distributions_and_its_balance():
+    g = torch.Generator().manual_seed(0)
+    r = lambda *s: torch.randn(*s, generator=g)
+    q = [r(4, 6).requires_grad_(), r(4, 6).exp().requires_grad_()]
+    p = [r(3, 4, 6).requires_grad_(), r(3, 4, 6).exp().requires_grad_()]
+    oracle = D.kl_divergence(D.Independent(D.Normal(*q), 1), D.Independent(D.Normal(*p), 1))
+    torch.testing.assert_close(moto.kl_normal(*q, *p), oracle)
+    torch.testing.assert_close(moto.kl_balanced(q, p, 0.8, 0.0), oracle)       # the value is balance-free, the gradient is not
+    full = torch.autograd.grad(oracle.sum(), [p[0], q[0]], retain_graph=True)
+    balanced = torch.autograd.grad(moto.kl_balanced(q, p, 0.8, 0.0).sum(), [p[0], q[0]])
+    torch.testing.assert_close(balanced[0], 0.8 * full[0])
+    torch.testing.assert_close(balanced[1], 0.2 * full[1])
+    clipped = moto.kl_balanced(q, p, 0.8, 1e6)
+    assert (clipped == 1e6).all() and torch.autograd.grad(clipped.sum(), q[0])[0].abs().sum() == 0
+
+
+def test_eq06_disagreement_is_the_spread_of_the_heads():
+    means = torch.randn(5, 7, 3)
+    torch.testing.assert_close(moto.disagreement(means).numpy(), means.numpy().std(0).mean(-1), rtol=1e-5, atol=1e-6)
+    assert moto.disagreement(means[:1].expand(5, 7, 3)).abs().max() == 0
+
+
+def test_eq06_disagreement_is_higher_off_the_data_after_training():
+    torch.manual_seed(0)
+    net = moto.EnsembleMLP(5, 2, 32, 1)
+    optimiser = torch.optim.Adam(net.parameters(), 3e-3)
+    x = torch.rand(256, 2) * 2 - 1
+    y = torch.sin(3 * x[:, :1]) * x[:, 1:]
+    for _ in range(400):
+        optimiser.zero_grad()
+        (net(x) - y).square().mean().backward()
+        optimiser.step()
+    on, off = moto.disagreement(net(x)).mean(), moto.disagreement(net(x + 4)).mean()
+    assert off > 3 * on
+
+
+def test_eq07_penalty():
+    r, u = torch.rand(3, 4), torch.rand(3, 4)
+    torch.testing.assert_close(moto.penalised_reward(r, u, 0.5, 0.25), r - 0.5 * u / 0.25)
+    assert torch.equal(moto.penalised_reward(r, u, 0.0), r)
+
+
+def test_eq07_penalty_enters_what_the_update_pays(monkeypatch):
+    def value_with(alpha):
+        agent = moto.Agent(tiny(alpha=alpha), 2, True, "cpu")
+        return agent.update(batch_of(agent.cfg))["actor/value"]
+    assert value_with(5.0) < value_with(0.0) - 0.01
+
+
+def test_eq08_imagination_is_on_policy_and_aligned(agent):
+    h, z = torch.randn(5, 16), torch.randn(5, 6)
+    torch.manual_seed(3)
+    dream = moto.imagine(agent.model, agent.actor, h, z, 3)
+    assert [tuple(dream[k].shape) for k in ("feat", "a", "logp", "u")] == [(4, 5, 22), (4, 5, 2), (4, 5), (3, 5)]
+    assert torch.equal(dream["feat"][0], torch.cat([h, z], -1))
+    for i in range(3):                                                        # s^i, a^i give h^{i+1} and u^i
+        s = dream["feat"][i]
+        nxt = agent.model.recurrence(s[:, :16], s[:, 16:], dream["a"][i])
+        torch.testing.assert_close(nxt, dream["feat"][i + 1][:, :16])
+        torch.testing.assert_close(moto.disagreement(agent.model.prior(nxt)[0]), dream["u"][i])
+    torch.testing.assert_close(agent.actor(dream["feat"][2]).log_prob(dream["a"][2]), dream["logp"][2], rtol=1e-3, atol=1e-3)
+    grads = torch.autograd.grad(dream["feat"][-1].sum(), list(agent.actor.parameters()))
+    assert all(g.abs().sum() > 0 for g in grads)                              # straight through the model
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("H", [0, 1, 4])
+def test_eq09_value_expansion_against_a_naive_loop(lam, H):
+    g = torch.Generator().manual_seed(1)
+    r, d, q = torch.rand(H, 3, generator=g), torch.rand(H, 3, generator=g), torch.rand(H + 1, 3, generator=g)
+
+    def n_step(i, n):                                                         # n rewards, then Q
+        total, product = torch.zeros(3), torch.ones(3)
+        for j in range(i, i + n):
+            total, product = total + product * r[j], product * d[j]
+        return total + product * q[i + n]
+    V = moto.value_expansion(r, d, q, lam)
+    assert V.shape == (H + 1, 3)
+    for i in range(H + 1):
+        left = H - i
+        mixed = sum((1 - lam) * lam ** (n - 1) * n_step(i, n) for n in range(1, left)) + lam ** max(left - 1, 0) * n_step(i, left)
+        torch.testing.assert_close(V[i], mixed)
+
+
+def test_eq10_target_uses_the_reward_of_arrival_and_knows_a_time_limit_from_an_end():
+    r, V0 = torch.tensor([[9., 1, 2]]), torch.tensor([[100., 10, 20]])
+    torch.testing.assert_close(moto.critic_target(r, torch.tensor([[0., 0, 0]]), V0, 0.5), torch.tensor([[6., 12]]))
+    torch.testing.assert_close(moto.critic_target(r, torch.tensor([[0., 0, 1]]), V0, 0.5), torch.tensor([[6., 2]]))
+
+
+def test_eq11_critic_loss(agent):
+    q, y, w = torch.rand(2, 4, 3, requires_grad=True), torch.rand(4, 3, requires_grad=True), (torch.rand(4, 3) > 0.5).float()
+    loss = moto.critic_loss(q, y, w, 50.0)
+    expected = sum(((q[k] - y) ** 2 * w).sum() / w.sum() for k in (0, 1)) / 2500
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert y.grad is None and q.grad.abs().sum() > 0
+    out = agent.critic(torch.randn(4, 3, 22), torch.randn(4, 3, 2))
+    assert out.shape == (2, 4, 3) and not torch.allclose(out[0], out[1])
+
+
+def test_eq11_the_smaller_critic_bootstraps(agent):
+    with torch.no_grad():
+        agent.target.nets.biases[-1][1] += 1000
+    assert abs(agent.update(batch_of(agent.cfg))["actor/value"]) < 100
+
+
+def test_eq11_real_and_imagined_transitions_both_train_the_critic():
+    def critics(**changes):
+        agent = moto.Agent(tiny(**changes), 2, True, "cpu")
+        agent.update(batch_of(agent.cfg))
+        return torch.cat([p.flatten() for p in agent.critic.parameters()])
+    assert not torch.equal(critics(), critics(real_weight=0.0))
+
+
+def test_eq12_target_is_a_moving_average(agent):
+    old = copy.deepcopy(agent.target)
+    agent.update(batch_of(agent.cfg))
+    for before, after, fast in zip(old.parameters(), agent.target.parameters(), agent.critic.parameters()):
+        torch.testing.assert_close(after, 0.98 * before + 0.02 * fast)
+        assert not torch.equal(before, after)
+
+
+def test_eq13_behaviour_loss_is_the_likelihood_of_the_leaving_action(agent):
+    feat, a = torch.randn(2, 5, 22), torch.rand(2, 5, 2) * 1.8 - 0.9
+    w = torch.tensor([[1., 1, 0, 1], [0, 1, 1, 1]])
+    policy = agent.actor(feat)
+    by_hand = sum(-w[b, t] * D.TransformedDistribution(D.Normal(policy.mean[b, t], policy.std[b, t]), [D.TanhTransform()])
+                  .log_prob(a[b, t + 1]).sum() for b in range(2) for t in range(4)) / w.sum()
+    torch.testing.assert_close(moto.behaviour_loss(agent.actor, feat, a, w), by_hand, rtol=1e-4, atol=1e-4)
+    assert torch.isfinite(moto.behaviour_loss(agent.actor, feat, torch.ones(2, 5, 2), w))
+    assert moto.behaviour_loss(agent.actor, feat, a, 0 * w) == 0
+
+
+def test_eq13_only_offline_actions_are_cloned_and_seams_are_not(agent):
+    batch = batch_of(agent.cfg)
+    assert agent.update(batch | {"offline": torch.zeros(4, 6, dtype=torch.bool)})["actor/behaviour_nll"] == 0
+    assert agent.update(batch)["actor/behaviour_nll"] != 0
+    assert agent.update(batch | {"first": torch.ones(4, 6, dtype=torch.bool)})["actor/behaviour_nll"] == 0
+
+
+def test_eq14_actor_loss_and_its_limits():
+    V0, logp, w, b = torch.rand(6), torch.rand(6), torch.ones(6), torch.tensor(3.0)
+    cfg = tiny(beta=0.7, eta=0.1, gamma=0.9)
+    torch.testing.assert_close(moto.actor_loss(V0, b, logp, w, cfg), -V0.mean() * 0.1 + 0.7 * b + 0.1 * logp.mean())
+    torch.testing.assert_close(moto.actor_loss(V0, b, logp, w, tiny(beta=0.0, eta=0.0, gamma=0.9)), -V0.mean() * 0.1)
+    torch.testing.assert_close(moto.actor_loss(V0, b, logp, w, tiny(beta=1.0, eta=0.0, value_weight=0.0)), b)
+
+
+def test_eq14_following_the_loss_raises_the_imagined_value():
+    agent = moto.Agent(tiny(beta=0.0, repr_weight=0.0, eta=0.0, model_lr=1e-12, critic_lr=1e-12, actor_lr=1e-2, alpha=0.0), 2, True, "cpu")
+    with torch.no_grad():                                                     # a critic with opinions
+        agent.critic.nets.first.weight *= 10
+        agent.target.load_state_dict(agent.critic.state_dict())
+    values = [agent.update(batch_of(agent.cfg))["actor/value"] for _ in range(30)]
+    assert np.mean(values[-5:]) > np.mean(values[:5]) + 0.01
+
+
+@pytest.mark.parametrize("mean,std", [(0.0, 1.0), (1.5, 0.4), (-0.3, 2.0)])
+def test_eq15_density_integrates_to_one_and_matches_the_sample(mean, std):
+    policy = moto.TanhNormal(torch.full((1,), mean, dtype=torch.float64), torch.full((1,), std, dtype=torch.float64))
+    n = torch.linspace(mean - 9 * std, mean + 9 * std, 200_001, dtype=torch.float64)
+    a = torch.tanh(n.clamp(-17, 17))
+    inside = a.abs() < 1
+    density = policy.log_prob(a[inside][:, None]).exp()
+    assert abs(torch.trapezoid(density, a[inside]) - 1) < 1e-3
+    a, logp = policy.rsample(torch.tensor([0.7], dtype=torch.float64))
+    torch.testing.assert_close(policy.log_prob(a), logp)
+    assert torch.isfinite(moto.TanhNormal(torch.zeros(1), torch.ones(1)).rsample(torch.tensor([40.0]))[1])
+
+
+def random_mdp(rng, X=6, A=3, K=5, blur=0.3):
+    P = rng.dirichlet(np.ones(X) * 0.5, (X, A))
+    P_hat = (1 - blur) * P + blur * rng.dirichlet(np.ones(X), (X, A))
+    return P, P_hat, rng.random((X, A)), np.ones(X) / X
+
+
+def test_eq16_bound_holds_when_u_bounds_the_error_and_can_fail_when_not():
+    rng, gamma, tight = np.random.default_rng(0), 0.9, []
+    for _ in range(30):
+        P, P_hat, r, start = random_mdp(rng)
+        u = np.abs(P - P_hat).sum(-1)
+        alpha = gamma * r.max() / (1 - gamma)
+        J, bound, condition = moto.tabular_bound(P, P_hat, r, u, alpha, gamma, moto.tabular_optimum(P, r, gamma), start)
+        assert condition and J >= bound - 1e-9
+        J, bound, condition = moto.tabular_bound(P, P_hat, r, 0 * u, alpha, gamma, moto.tabular_optimum(P, r, gamma), start)
+        assert not condition
+        tight.append(J < bound - 1e-6)
+    assert any(tight)                                                         # without uncertainty the promise is broken
+
+
+def test_eq16_tabular_values_against_a_rollout():
+    P, _, r, start = random_mdp(np.random.default_rng(1))
+    pi, state, total = np.full((6, 3), 1 / 3), start.copy(), 0.0
+    for t in range(400):
+        total += 0.9 ** t * (state[:, None] * pi * r).sum()
+        state = np.einsum("x,xa,xay->y", state, pi, P)
+    assert abs(total - start @ moto.tabular_value(P, r, pi, 0.9)) < 1e-8
+
+
+def test_equation_ids_are_the_same_everywhere():
+    in_code = set(map(int, re.findall(r'^ *"""Eq (\d+)', (HERE / "moto.py").read_text(), re.M)))
+    in_tests = {int(n) for n in re.findall(r"def test_eq(\d+)_", Path(__file__).read_text())}
+    assert in_code == in_tests == set(range(1, 17))
+    notebook = HERE / "moto_walkthrough.ipynb"
+    if notebook.exists():
+        text = "".join(line for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "markdown" for line in c["source"] + ["\n"])
+        assert set(map(int, re.findall(r"^#+ Eq (\d+)", text, re.M))) == in_code
+
+
+# ------------------------------------------------------------------------------------------------------ the update
+
+def snapshot(agent):
+    return {name: torch.cat([p.detach().flatten().clone() for p in module.parameters()]) for name, module in agent.modules.items()}
+
+
+def test_each_loss_moves_its_own_parameters_and_no_others(agent):
+    step, seen = agent.step, []
+
+    def watched(name, loss):
+        before = snapshot(agent)
+        norm = step(name, loss)
+        after = snapshot(agent)
+        assert {n for n in before if not torch.equal(before[n], after[n])} == {name}
+        seen.append(name)
+        return norm
+    agent.step = watched
+    agent.update(batch_of(agent.cfg))
+    assert seen == ["model", "actor", "critic"]
+
+
+def test_the_behaviour_gradient_reaches_the_representation_only_by_its_weight():
+    def model_after(**changes):
+        agent = moto.Agent(tiny(**changes), 2, True, "cpu")
+        agent.update(batch_of(agent.cfg))
+        return snapshot(agent)["model"]
+    assert not torch.equal(model_after(repr_weight=1.0), model_after(repr_weight=0.0))
+    assert torch.equal(model_after(repr_weight=0.0, beta=1.0), model_after(repr_weight=0.0, beta=0.0))
+
+
+def test_a_variant_is_a_change_of_numbers():
+    fields = {f.name for f in dataclasses.fields(moto.Config)}
+    for name, changes in moto.VARIANTS.items():
+        assert set(changes) <= fields
+        agent = moto.Agent(tiny(variant=name), 2, True, "cpu")
+        before = snapshot(agent)
+        agent.update(batch_of(agent.cfg))
+        moved = {n for n, v in snapshot(agent).items() if not torch.equal(v, before[n])}
+        assert moved == ({"model", "actor"} if name == "bc" else {"model", "actor", "critic", "target"})
+
+
+def test_replacing_a_function_of_the_module_changes_the_agent(monkeypatch, agent):
+    twin = moto.Agent(agent.cfg, 2, True, "cpu")
+    torch.manual_seed(5), agent.update(batch_of(agent.cfg))
+    original = moto.actor_loss
+    monkeypatch.setattr(moto, "actor_loss", lambda V0, *rest: -original(V0, *rest))
+    torch.manual_seed(5), twin.update(batch_of(agent.cfg))
+    assert not torch.equal(snapshot(agent)["actor"], snapshot(twin)["actor"])
+
+
+def test_training_is_deterministic():
+    def train():
+        agent = moto.Agent(tiny(), 2, True, "cpu")
+        for i in range(3):
+            agent.update(batch_of(agent.cfg, seed=i))
+        return snapshot(agent)
+    a, b = train(), train()
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+# ------------------------------------------------------------------------------------------------------ data
+
+class Echo:
+    """The image shows the action that led into it, and the reward is its first number: an off-by-one cannot hide."""
+    action_size, terminates = 2, True
+
+    def __init__(self, ends):
+        self.ends = ends
+
+    def show(self, a):
+        return np.full((16, 16, 3), int(round((a[0] + 1) * 100)), np.uint8)
+
+    def reset(self, seed):
+        self.t = 0
+        return self.show([0.0])
+
+    def step(self, a):
+        self.t += 1
+        return self.show(a), float(a[0]), self.ends and self.t == 5, self.t == 5, False
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_action_image_reward_alignment_and_time_limits(agent, tmp_path, ends):
+    cfg, store = agent.cfg, moto.Replay(40, 16, 2, False)
+    for i in range(3):
+        episode = moto.rollout(cfg, Echo(ends), agent, i, torch.Generator().manual_seed(i))
+        assert len(episode["action"]) == 5 and episode.pop("success") is False
+        moto.save_episode(tmp_path / f"{i}.npz", **episode)
+        store.add(moto.load_episode(tmp_path / f"{i}.npz", 16, 2))
+    assert store.size == 18 and store.data["first"].nonzero()[0].tolist() == [0, 6, 12]
+    batch = store.sample(np.random.default_rng(0), 50, 7)
+    np.testing.assert_allclose(batch["a"][..., 0], batch["r"])
+    np.testing.assert_array_equal(batch["image"][..., 0, 0, 0], np.round((batch["a"][..., 0].astype(float) + 1) * 100))
+    assert store.data["terminal"][:18].nonzero()[0].tolist() == ([5, 11, 17] if ends else [])
+    seams = store.data["first"][:18]
+    assert not store.data["r"][:18][seams].any() and not store.data["a"][:18][seams].any()
+
+
+def test_replay_is_uniform_over_positions_and_mixes_as_told():
+    offline, online = moto.Replay(100, 16, 1, True), moto.Replay(500, 16, 1, False)
+    for store, n in ((offline, 30), (online, 60)):
+        store.add({"image": np.zeros((n, 16, 16, 3), np.uint8), "action": np.linspace(0, 1, n - 1)[:, None], "reward": np.arange(n - 1),
+                   "terminal": False})
+    rng = np.random.default_rng(0)
+    starts = offline.sample(rng, 20_000, 5)["r"][:, 1]
+    counts = np.unique(starts, return_counts=True)[1]
+    assert len(counts) == 26 and counts.min() > 0.8 * counts.mean() and counts.max() < 1.2 * counts.mean()
+    cfg = tiny(batch=8, offline_fraction=0.25)
+    assert moto.sample_batch(cfg, rng, offline, online)["offline"][:, 0].sum() == 2
+    assert moto.sample_batch(cfg, rng, offline, moto.Replay(10, 16, 1, False))["offline"].all()
+    assert offline.data["image"].dtype == np.uint8
+
+
+def test_gym_actions_are_mapped_to_the_box_and_seeds_fix_the_episode():
+    env = moto.make_env(tiny())
+    first = env.reset([1, 2, 3])
+    p = env.env.unwrapped.p.copy()
+    env.step(np.array([1.0, -0.5]))
+    np.testing.assert_allclose(env.env.unwrapped.p - p, [0.2, -0.1], atol=1e-6)
+    assert np.array_equal(first, env.reset([1, 2, 3])) and not np.array_equal(first, env.reset([1, 2, 4]))
+    assert first.shape == (16, 16, 3) and first.dtype == np.uint8
+
+
+def test_a_terminal_task_learns_its_continuation(tmp_path):
+    dot_episodes(tmp_path, 4, speed=1.0, noise=0.1, task="gym:test/DotEnds-v0")
+    episodes = [moto.load_episode(p, 16, 2) for p in sorted(tmp_path.glob("*.npz"))]
+    assert all(e["terminal"] and e["reward"][-1] == 1 for e in episodes)
+    cfg = tiny(task="gym:test/DotEnds-v0", model_lr=3e-3)
+    store = moto.Replay(200, 16, 2, True)
+    for e in episodes:
+        store.add(e)
+    agent, rng = moto.Agent(cfg, 2, True, "cpu"), np.random.default_rng(0)
+    losses = [agent.update(store.sample(rng, 8, 5))["model/continuation"] for _ in range(200)]
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+
+
+# ------------------------------------------------------------------------------------------------------ runs and resuming
+
+def weights(logdir):
+    state = torch.load(Path(logdir) / "checkpoint.pt", weights_only=True)["agent"]
+    flat = lambda s: [v for x in (s.values() if isinstance(s, dict) else s) for v in flat(x)] if isinstance(s, (dict, list)) else [s]
+    return flat(state)
+
+
+def run(dots, logdir, **changes):
+    moto.asked["signal"] = None
+    return moto.main(flags(**(TINY | {"data": dots, "logdir": logdir} | changes)))
+
+
+@pytest.fixture(scope="module")
+def finished(dots, tmp_path_factory):
+    logdir = tmp_path_factory.mktemp("whole")
+    assert run(dots, logdir) == 0
+    return logdir
+
+
+@pytest.mark.parametrize("stop_at", [3, 6, 8, 10])                             # offline, the boundary, inside an episode's updates, between
+def test_stop_and_resume_equals_never_stopping_bit_for_bit(finished, dots, tmp_path, monkeypatch, capsys, stop_at):
+    update = moto.Agent.update
+    calls = []
+
+    def stopping(self, batch):
+        calls.append(1)
+        if len(calls) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM if stop_at % 2 else signal.SIGINT)
+        return update(self, batch)
+    monkeypatch.setattr(moto.Agent, "update", stopping)
+    assert run(dots, tmp_path, save_every=100) == (143 if stop_at % 2 else 130)
+    assert "repeat the command" in capsys.readouterr().err
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]["updates"] == stop_at
+    monkeypatch.setattr(moto.Agent, "update", update)
+    torch.manual_seed(999)
+    assert run(dots, tmp_path, save_every=100) == 0
+    whole, parts = weights(finished), weights(tmp_path)
+    assert len(whole) == len(parts) and all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(whole, parts))
+    updates = [r["updates"] for r in moto.read_metrics(tmp_path / "metrics.jsonl") if "model/image" in r]
+    assert updates == list(range(1, 15))
+
+
+def test_what_a_run_leaves(finished):
+    names = {"config.json", "metrics.jsonl", "result.json", "moto.py", "checkpoint.pt", "curve.png", "prediction.png", "eval.gif"}
+    assert names <= {p.name for p in finished.iterdir()}
+    result = json.loads((finished / "result.json").read_text())
+    assert {"task", "variant", "seed", "preset", "offline_success", "final_success", "eval_episodes", "updates", "env_steps",
+            "wall_seconds", "device"} <= result.keys()
+    assert result["updates"] == 14 and result["env_steps"] == 24 and result["wall_seconds"]["total"] > 0
+    assert (finished / "moto.py").read_bytes() == (HERE / "moto.py").read_bytes()
+    config = json.loads((finished / "config.json").read_text())
+    assert config["versions"]["torch"] == torch.__version__ and config["config"]["horizon"] == 3
+    import imageio.v3 as imageio
+    assert imageio.imread(finished / "eval.gif").shape[1:] == (64, 64, 3)      # policy above reconstruction, two episodes, doubled
+
+
+def test_a_finished_run_repeated_changes_nothing(finished, dots):
+    before = weights(finished)
+    assert run(dots, finished) == 0
+    assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(before, weights(finished)))
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(dots, tmp_path, capsys):
+    assert run(dots, tmp_path, online_episodes=0) == 0
+    newest = tmp_path / "checkpoint.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert run(dots, tmp_path, online_episodes=0) == 0 and "damaged" in capsys.readouterr().err
+    for path in (newest, tmp_path / "checkpoint.previous.pt"):
+        path.write_bytes(b"nonsense")
+    assert run(dots, tmp_path, online_episodes=0) == 2 and "no checkpoint" in capsys.readouterr().err
+
+
+def child(code, *argv, **kwargs):
+    """Run `code` in a fresh interpreter that has this moto and the toy task."""
+    start = (f"import importlib.util, sys; s = importlib.util.spec_from_file_location('test_moto', {str(Path(__file__))!r}); "
+             "t = importlib.util.module_from_spec(s); s.loader.exec_module(t); moto = t.moto\n")
+    return subprocess.run([sys.executable, "-c", start + code, *map(str, argv)], capture_output=True, text=True, **kwargs)
+
+
+@pytest.mark.parametrize("moment", ["half a file", "between the renames"])
+def test_kill_minus_nine_during_a_save_loses_one_save_at_most(dots, tmp_path, capsys, moment):
+    dying = {"half a file": "save = torch.save\n"
+                            "def dying(obj, f):\n    save(obj, f)\n    if obj['state']['updates'] == 4: f.truncate(500); os.kill(os.getpid(), 9)\n"
+                            "torch.save = dying\n",
+             "between the renames": "replace = os.replace\n"
+                                    "def dying(a, b):\n    replace(a, b)\n    if 'previous' in str(b) and moto.seen > 3: os.kill(os.getpid(), 9)\n"
+                                    "os.replace = dying\nmoto.seen = 0\nupdate = moto.Agent.update\n"
+                                    "def counted(self, b):\n    moto.seen += 1\n    return update(self, b)\nmoto.Agent.update = counted\n"}[moment]
+    result = child("import os, torch\n" + dying + "sys.exit(moto.main(sys.argv[1:]))", *flags(**(TINY | {"data": dots, "logdir": tmp_path})))
+    assert result.returncode == -9
+    assert moto.Run(tiny(data=str(dots), logdir=str(tmp_path))).state["updates"] == 3
+    assert run(dots, tmp_path) == 0
+
+
+def test_evaluate_and_plot_commands(finished, dots, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert moto.main(["--evaluate", str(finished), "--episodes", "3"]) == 0
+    score = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert score["episodes"] == 3 and 0 <= score["success"] <= 1 and score["updates"] == 14
+    assert moto.main(["--plot", str(finished), str(finished)]) == 0
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+# ------------------------------------------------------------------------------------------------------ errors
+
+def test_importing_moto_has_no_side_effects_and_needs_no_simulator(tmp_path):
+    code = ("import sys\nfor name in ('mujoco', 'metaworld', 'gymnasium', 'imageio', 'matplotlib'): sys.modules[name] = None\n"
+            f"import importlib.util as u; s = u.spec_from_file_location('moto', {str(HERE / 'moto.py')!r}); m = u.module_from_spec(s); "
+            "sys.modules['moto'] = m; s.loader.exec_module(m)\nm.Agent(m.build_config(preset='debug', device='cpu'), 4, False, 'cpu')")
+    env = {k: v for k, v in os.environ.items() if k != "MUJOCO_GL"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout == "" and not list(tmp_path.iterdir()), result.stderr
+
+
+def one_sentence(capsys, argv, *words):
+    moto.asked["signal"] = None
+    assert moto.main([str(a) for a in argv]) == 2
+    err = capsys.readouterr().err
+    message = [line for line in re.split(r"[\r\n]", err) if line.startswith("moto: ")]
+    assert len(message) == 1 and "Traceback" not in err
+    assert all(word in message[0] for word in words), message
+
+
+@pytest.mark.parametrize("argv,words", [
+    (["--task", "drawer-opne"], ["drawer-open", "did you mean"]),
+    (["--task", "gym:Nothing-v0"], ["Nothing-v0"]),
+    (["--task", "gym:CartPole-v1"], ["CartPole-v1"]),
+    (["--variant", "no-uncertainty"], ["no-unc"]),
+    (["--preset", "huge"], ["laptop"]),
+    (["--batch", "0"], ["--batch", "at least 1"]),
+    (["--gamma", "1.5"], ["--gamma", "between 0 and 1"]),
+    (["--gamma", "1"], ["--gamma", "below 1"]),
+    (["--alpha", "nan"], ["--alpha"]),
+    (["--model-lr", "0"], ["--model-lr", "positive"]),
+    (["--image-size", "50"], ["multiple of 16"]),
+    (["--length", "1"], ["--length", "at least 2"]),
+    (["--device", "abacus"], ["abacus"]),
+    (["--precision", "int8"], ["--precision"]),
+    (["--data", "/nowhere/at/all"], ["no folder"]),
+    (["--evaluate", "/nowhere"], ["run folder"]),
+    (["--plot", "/nowhere"], ["run folder"]),
+    (["--logdir", "/proc/none/x"], ["cannot write"]),
+])
+def test_bad_input_gets_one_sentence(capsys, tmp_path, argv, words):
+    defaults = {"--logdir": tmp_path / "run", "--cache": tmp_path / "demos", "--preset": "debug", "--device": "cpu"}
+    one_sentence(capsys, argv + [w for k, v in defaults.items() if k not in argv for w in (k, v)], *words)
+
+
+def test_an_unknown_flag_exits_with_two():
+    with pytest.raises(SystemExit) as stop:
+        moto.main(["--horizn", "3"])
+    assert stop.value.code == 2
+
+
+GOOD = dict(image=np.zeros((6, 16, 16, 3), np.uint8), action=np.zeros((5, 2), np.float32), reward=np.zeros(5, np.float32))
+
+
+@pytest.mark.parametrize("change,word", [
+    (dict(image=GOOD["image"].astype(np.float32)), "uint8"), (dict(image=GOOD["image"][:5]), "one more"),
+    (dict(image=GOOD["image"][:, :8]), "shape"), (dict(action=np.zeros((5, 3), np.float32)), "the task takes 2"),
+    (dict(action=np.zeros((4, 2), np.float32)), "shape"), (dict(action=np.full((5, 2), np.nan, np.float32)), "finite"),
+    (dict(action=np.full((5, 2), 3, np.float32)), "[-1, 1]"), (dict(reward=np.full(5, np.inf, np.float32)), "finite"),
+    (dict(reward=np.zeros(0, np.float32)), "at least one step"), (dict(action=np.array([{}] * 5)), "cannot be read"),
+    (dict(reward=None), "lacks reward"), (dict(action=np.zeros((5, 2), np.int64)), "floating point"),
+    (dict(terminal=np.zeros(3, bool)), "one bool"),
+])
+def test_a_bad_episode_is_named(capsys, dots, tmp_path, change, word):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "000.npz").write_bytes((Path(dots) / "000.npz").read_bytes())
+    np.savez(tmp_path / "data" / "bad.npz", **{k: v for k, v in (GOOD | change).items() if v is not None})
+    one_sentence(capsys, flags(**(TINY | {"data": tmp_path / "data", "logdir": tmp_path / "run"})), "bad.npz", word)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b[:300] + bytes(200) + b[500:]])
+def test_a_truncated_episode_is_named(capsys, dots, tmp_path, damage):
+    (tmp_path / "bad.npz").write_bytes(damage((Path(dots) / "000.npz").read_bytes()))
+    one_sentence(capsys, flags(**(TINY | {"data": tmp_path, "logdir": tmp_path / "run"})), "bad.npz", "cannot be read")
+
+
+def test_too_little_data_and_wrong_rewards(capsys, dots, tmp_path):
+    one_sentence(capsys, flags(**(TINY | {"data": dots, "logdir": tmp_path, "length": 500})), "--length")
+    np.savez(tmp_path / "half.npz", **(GOOD | {"reward": np.full(5, 0.5)}))
+    one_sentence(capsys, flags(**(TINY | {"data": tmp_path, "logdir": tmp_path / "r", "reward_head": "bernoulli"})), "--reward-head normal")
+
+
+def test_a_run_of_another_config_is_named_field_by_field(capsys, finished, dots):
+    one_sentence(capsys, flags(**(TINY | {"data": dots, "logdir": finished, "horizon": 2, "gamma": 0.5})), "horizon", "gamma", "3", "0.98")
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(capsys, dots, tmp_path):
+    assert run(dots, tmp_path, online_episodes=0, offline_updates=6) == 0
+    good = (tmp_path / "checkpoint.pt").read_bytes()
+    agent = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    agent["agent"]["modules"]["model"]["reward.0.weight"][:] = math.nan
+    agent["state"]["updates"] = 3
+    torch.save(agent, tmp_path / "checkpoint.pt")
+    poisoned = (tmp_path / "checkpoint.pt").read_bytes()
+    one_sentence(capsys, flags(**(TINY | {"data": dots, "logdir": tmp_path, "online_episodes": 0})), "model loss", "nan", "--model-lr", "at update 4")
+    assert (tmp_path / "checkpoint.pt").read_bytes() == poisoned and len(good) > 0
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(dots, tmp_path):
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); sys.exit(moto.main(sys.argv[1:]))"
+    argv = flags(**(TINY | {"data": dots, "logdir": tmp_path}))
+    assert run(dots, tmp_path, online_episodes=0) == 0
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    result = child(limited, *argv)
+    assert result.returncode == 2 and "disk space" in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_checkpoint_that_would_run_code_does_not(capsys, dots, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+    torch.save({"config": Evil()}, tmp_path / "checkpoint.pt")
+    assert run(dots, tmp_path) == 2 and not (tmp_path / "owned").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the choice of MUJOCO_GL is Linux's")
+def test_without_a_gl_backend_the_message_names_the_package(tmp_path):
+    env = os.environ | {"MUJOCO_GL": "egl", "LIBGL_DRIVERS_PATH": "/none", "__EGL_VENDOR_LIBRARY_DIRS": "/none"}
+    result = child("sys.exit(moto.main(sys.argv[1:]))", "--preset", "debug", "--logdir", tmp_path, env=env)
+    assert result.returncode == 2 and "apt-get install" in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ the real simulator
+
+@pytest.fixture(scope="module")
+def drawer():
+    env = moto.make_env(moto.build_config(task="drawer-open", device="cpu"))
+    yield env
+    env.close()
+
+
+def test_metaworld_episodes_depend_on_their_seed_alone(drawer):
+    def play(seed):
+        frames = [drawer.reset([0, 0, seed])]
+        for _ in range(8):
+            frames.append(drawer.step(drawer.scripted_action())[0])
+        return np.stack(frames), drawer.env._target_pos.copy()
+    a, goal_a = play(1)
+    b, goal_b = play(2)
+    c, goal_c = play(1)
+    assert np.array_equal(a, c) and np.array_equal(goal_a, goal_c) and not np.array_equal(goal_a, goal_b)
+    assert a.shape == (9, 64, 64, 3) and a.dtype == np.uint8 and a.std() > 20
+    red = (a[0].astype(int)[..., 0] - a[0].astype(int)[..., 1:].max(-1)) > 60   # the arm enters from above: not rolled by 180 degrees
+    assert red[:32].sum() > red[32:].sum() > -1
+
+
+def test_metaworld_protocol(drawer):
+    drawer.reset([0, 0, 5])
+    assert drawer.env.curr_path_length == 10
+    image, reward, terminal, over, success = drawer.step(np.zeros(4))
+    assert drawer.env.curr_path_length == 12 and (reward, terminal, over, success) == (0.0, False, False, False)
+
+
+def test_scripted_demonstrations_succeed_are_cached_and_never_reused_wrongly(drawer, tmp_path):
+    cfg = moto.build_config(task="drawer-open", device="cpu", demos=1, demo_noise=0.0, cache=str(tmp_path))
+    path, = moto.collect_demos(cfg, drawer)
+    episode = moto.load_episode(path, 64, 4)
+    when = episode["reward"].argmax()
+    assert episode["reward"].max() == 1 and len(episode["reward"]) == when + 1 + cfg.demo_tail and np.abs(episode["action"]).max() <= 1
+    stamp = path.stat().st_mtime_ns
+    assert moto.collect_demos(cfg, drawer) == [path] and path.stat().st_mtime_ns == stamp
+    other, = moto.collect_demos(dataclasses.replace(cfg, demo_tail=3), drawer)
+    assert other.parent != path.parent
+
+
+def test_command_line_end_to_end_on_a_real_task(tmp_path):
+    argv = [sys.executable, HERE / "moto.py", "--task", "drawer-open", "--preset", "debug", "--logdir", tmp_path / "run",
+            "--cache", tmp_path / "demos"]
+    result = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0 and "offline" in result.stdout, result.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["updates"] == 30
+    result = subprocess.run(argv[:2] + ["--evaluate", tmp_path / "run", "--episodes", "1"], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0 and json.loads(result.stdout)["episodes"] == 1, result.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ learning
+
+def test_moto_beats_its_own_behaviour_prior(tmp_path):
+    """The demonstrator is slow: a clone of it often runs out of time. Fine-tuned through the model, the policy does not."""
+    data = dot_episodes(tmp_path / "data", 12, speed=0.35, noise=0.35)
+    common = TINY | dict(data=data, batch=8, length=8, channels=8, deter=64, stoch=8, hidden=64, horizon=5, offline_updates=250, online_episodes=12,
+                         updates_per_episode=15, final_episodes=40, save_every=1000, model_lr=1e-3, actor_lr=1e-3, critic_lr=1e-3,
+                         gamma=0.9, beta=0.02, alpha=0.01, log_every=50, reward_head="bernoulli")
+    scores = {}
+    for variant in ("bc", "moto"):
+        moto.asked["signal"] = None
+        own = {"variant": variant} | ({"online_episodes": 0, "offline_updates": 430} if variant == "bc" else {})
+        assert moto.main(flags(**(common | own | {"logdir": tmp_path / variant}))) == 0
+        scores[variant] = json.loads((tmp_path / variant / "result.json").read_text())["final_success"]
+    assert scores["moto"] >= scores["bc"] + 0.1, scores
+    assert scores["moto"] >= 0.8, scores
