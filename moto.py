@@ -1,22 +1,22 @@
 """MOTO in one file: offline pre-training to online fine-tuning for model-based robot learning, from pixels.
 
-    python moto.py --task drawer-open                     # demonstrations, pre-training, fine-tuning, pictures
-    python moto.py --task drawer-open --variant no-unc    # an ablation; the same command again resumes a run
-    python moto.py --evaluate runs/drawer-open-moto-seed0 # score a checkpoint on fresh episodes
-    python moto.py --plot runs/*                          # learning curves over variants and seeds
-    python moto.py --help                                 # every number, with its symbol and where it comes from
+    python moto.py --task drawer-open                      # demonstrate, pre-train, fine-tune, draw
+    python moto.py --task drawer-open --variant no-unc     # an ablation; the same command again resumes a run
+    python moto.py --evaluate runs/drawer-open-moto-seed0  # score a checkpoint on fresh episodes
+    python moto.py --plot runs/*                           # learning curves over variants and seeds
+    python moto.py --help                                  # every number, its symbol, where it comes from
 
-The paper: Rafailov, Hatch, Kolev, Martin, Phielipp, Finn, "MOTO: Offline Pre-training to Online Fine-tuning for
-Model-based Robot Learning", CoRL 2023, arXiv 2401.03306.
+The paper: Rafailov, Hatch, Kolev, Martin, Phielipp, Finn, "MOTO: Offline Pre-training to Online Fine-tuning
+for Model-based Robot Learning", CoRL 2023, arXiv 2401.03306.
 
 The algorithm in ten lines:
     1. collect a few demonstrations (images, actions, sparse rewards)
     2. repeat N times on the demonstrations alone (offline), then U times after each new episode (online):
     3.     sample B sequences of T steps
-    4.     world model: filter the images into latents (Eq 1); learn to predict the next latent with K heads (Eq 2),
-           the image and the reward (Eq 3), by maximising the evidence lower bound (Eq 4, 5)
-    5.     from every real latent imagine H steps under the current policy (Eq 8); where the K heads disagree (Eq 6)
-           the predicted reward is lowered (Eq 7)
+    4.     world model: filter the images into latents (Eq 1); learn to predict the next latent with K heads
+           (Eq 2), the image and the reward (Eq 3), by maximising the evidence lower bound (Eq 4, 5)
+    5.     from every real latent imagine H steps under the current policy (Eq 8); where the K heads disagree
+           (Eq 6) the predicted reward is lowered (Eq 7)
     6.     expand the value along the imagined steps (Eq 9)
     7.     critic: regress on the expanded value, at the real action and at the imagined ones (Eq 10, 11, 12)
     8.     actor: raise the expanded value through the model, and stay near the demonstrations (Eq 13, 14, 15)
@@ -24,15 +24,17 @@ The algorithm in ten lines:
 
 Read forward: the mathematics first, the plumbing (files, simulators, pictures, command line) after it.
 
-Axes:   B batch, T time, H horizon, K ensemble, A action, E embedding, D deterministic, S stochastic, F = D + S, N = B*T.
+Axes:    B batch, T time, H horizon, K ensemble, A action, E embedding, D deterministic, S stochastic,
+         F = D + S (feature), N = B * T, P pixels a side, L steps of an episode.
 Letters: x image, a action, r reward, z stochastic latent, h deterministic latent, s = (h, z), u disagreement,
-        gamma discount, lam the mixing weight of Eq 9, alpha the penalty, beta the behaviour weight, eta the entropy weight.
-Time:   a[t] and r[t] are the action that led INTO x[t] and the reward received on arriving there; a[0] = 0, r[0] = 0.
-        So the action that leaves s[t] is a[t+1]. Half of all ports of such agents are off by one here.
+         gamma discount, lam the mixing weight of Eq 9, alpha the penalty, beta the behaviour weight,
+         eta the entropy weight.
+Time:    a[t] and r[t] are the action that led INTO x[t] and the reward received on arriving there;
+         a[0] = 0, r[0] = 0. So the action that leaves s[t] is a[t+1]. Half of all ports are off by one here.
 Sharp edges are marked "SHARP"; departures from the paper "DEPARTURE" (README lists them all).
 """
-import argparse, copy, dataclasses, difflib, hashlib, json, math, os, platform, resource, shutil, signal, subprocess
-import sys, time, warnings
+import argparse, contextlib, copy, dataclasses, difflib, hashlib, importlib.metadata, importlib.util, json
+import math, os, platform, shutil, signal, subprocess, sys, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,9 +45,9 @@ from torch import nn
 from tqdm import tqdm
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Config: every number of the method. Each field is a flag of the command line.
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def opt(default, help):
     return field(default=default, metadata={"help": help})
@@ -54,21 +56,21 @@ def opt(default, help):
 @dataclass
 class Config:
     # The task
-    task: str = opt("drawer-open", "a Meta-World task by plain name, or gym:ENV_ID for any Gymnasium environment that renders")
-    variant: str = opt("moto", "moto, or an ablation of it: each changes numbers of this config and nothing else")
-    preset: str = opt("auto", "debug (seconds), laptop (default on CPU), paper (default on a GPU: the published protocol)")
+    task: str = opt("drawer-open", "a Meta-World task by plain name, or gym:ENV_ID of Gymnasium")
+    variant: str = opt("moto", "moto, or an ablation: each changes numbers of this config, nothing else")
+    preset: str = opt("auto", "debug (seconds), laptop (default on CPU), paper (default on a GPU)")
     seed: int = opt(0, "seeds networks, batches, demonstrations, episodes")
-    logdir: str = opt("", "run folder; empty: runs/<task>-<variant>-seed<seed>. An existing run there is continued")
+    logdir: str = opt("", "run folder; a run there is continued. Empty: runs/<task>-<variant>-seed<seed>")
     device: str = opt("auto", "cpu, cuda, or auto")
-    precision: str = opt("auto", "float32, bfloat16 (autocast), or auto: bfloat16 where the processor computes in it")
-    image_size: int = opt(64, "pixels a side, a multiple of 16 [paper: 64]")
+    precision: str = opt("auto", "float32, bfloat16 (autocast), or auto: bfloat16 where the processor has it")
+    image_size: int = opt(64, "P, pixels a side, a multiple of 16 [paper: 64]")
     action_repeat: int = opt(2, "simulator steps per agent step [authors' baselines: 2]")
-    episode_steps: int = opt(100, "agent steps per episode; a time limit, not a terminal state [paper: 200]")
-    success_reward: float = opt(1.0, "gym: tasks that report no success: a step with at least this reward is one")
+    episode_steps: int = opt(100, "L, agent steps per episode; a time limit, no terminal state [paper: 200]")
+    success_reward: float = opt(1.0, "gym: where no success is reported, a step with this reward is one")
     # Data
     data: str = opt("", "folder of your own .npz episodes (layout in README); empty: scripted demonstrations")
     demos: int = opt(10, "successful scripted demonstrations to collect [paper: 10]")
-    demo_noise: float = opt(0.1, "standard deviation of the noise on scripted actions; the noisy action is what is recorded")
+    demo_noise: float = opt(0.1, "std of the noise on scripted actions; the noisy action is recorded")
     demo_tail: int = opt(10, "agent steps a demonstration goes on after its first success")
     cache: str = opt("runs/demos", "where demonstrations are kept for the next run")
     offline_fraction: float = opt(0.5, "online: share of each batch drawn from the offline data")
@@ -80,33 +82,33 @@ class Config:
     stoch: int = opt(32, "S, size of z [LOMPO: 64]")
     hidden: int = opt(256, "width of the hidden layers")
     ensemble: int = opt(5, "K, prior heads, Eq 2 [LOMPO: 7]")
-    decode: float = opt(0.5, "share of the frames of a batch that is decoded for the image term of Eq 4 (a random subset)")
+    decode: float = opt(0.5, "share of a batch's frames, drawn at random, in the image term of Eq 4")
     kl_balance: float = opt(0.8, "w, Eq 5: share of the KL that trains the prior [DreamerV2: 0.8]")
     free_nats: float = opt(1.0, "Eq 5: KL below this many nats is not pressed further [DreamerV2: 1]")
     kl_scale: float = opt(1.0, "weight of the KL in Eq 4")
     reward_scale: float = opt(10.0, "weight of -ln p(r|s) in Eq 4: one number beside 12,288 pixels")
-    reward_head: str = opt("auto", "p(r|s): bernoulli (r is 0 or 1), normal (unit variance), auto: bernoulli on Meta-World")
-    repr_weight: float = opt(1.0, "weight of the behaviour term's gradient into encoder and RSSM (DEPARTURE; 0: none)")
+    reward_head: str = opt("auto", "p(r|s): bernoulli (r is 0 or 1), normal, auto: bernoulli on Meta-World")
+    repr_weight: float = opt(1.0, "weight of the behaviour gradient into encoder and RSSM (DEPARTURE)")
     # Value expansion, critic, actor
     horizon: int = opt(5, "H, imagined steps [LOMPO: 5]")
     gamma: float = opt(0.98, "discount")
     lam: float = opt(0.95, "lam, Eq 9: 0 one-step values, 1 the whole horizon [DreamerV2: 0.95]")
-    alpha: float = opt(0.02, "penalty, Eq 7: reward taken away per unit of disagreement; the unit is the mean on the data")
+    alpha: float = opt(0.02, "penalty, Eq 7: reward lost per unit of u; the unit is its mean on the data")
     beta: float = opt(1.0, "weight of the behaviour term, Eq 14")
     eta: float = opt(1e-4, "weight of the entropy term, Eq 14")
-    real_weight: float = opt(1.0, "weight of the real transitions in the critic's loss, Eq 11; 0 trains it in imagination alone")
-    value_weight: float = opt(1.0, "weight of the value in the actor's loss, Eq 14; 0 leaves behaviour cloning")
+    real_weight: float = opt(1.0, "weight of real transitions, Eq 11; 0: critics learn in imagination alone")
+    value_weight: float = opt(1.0, "weight of the value in the actor's loss, Eq 14; 0: behaviour cloning")
     target_rate: float = opt(0.02, "Eq 12: step of the target critics towards the critics")
     model_lr: float = opt(6e-4, "learning rate of the world model [LOMPO: 6e-4]")
     actor_lr: float = opt(3e-4, "learning rate of the actor [LOMPO: 3e-4]")
     critic_lr: float = opt(3e-4, "learning rate of the critics [LOMPO: 3e-4]")
     grad_clip: float = opt(100.0, "largest norm of each optimiser's gradient")
     # Loops
-    offline_updates: int = opt(1000, "updates before the first online episode [paper: 1000 on Meta-World]")
+    offline_updates: int = opt(150, "N, updates before the first online episode [paper: 1000 on Meta-World]")
     online_episodes: int = opt(30, "online episodes [paper: up to 500]")
-    updates_per_episode: int = opt(25, "U, updates after each online episode [paper: 50]")
-    eval_every: int = opt(500, "updates between evaluations on the way")
-    eval_episodes: int = opt(20, "episodes of each evaluation on the way")
+    updates_per_episode: int = opt(35, "U, updates after each online episode [paper: 50]")
+    eval_every: int = opt(300, "updates between evaluations on the way")
+    eval_episodes: int = opt(10, "episodes of each evaluation on the way")
     final_episodes: int = opt(50, "fresh episodes behind offline_success and final_success")
     log_every: int = opt(25, "updates per line of metrics.jsonl")
     save_every: int = opt(250, "updates between checkpoints")
@@ -114,29 +116,30 @@ class Config:
 
 PRESETS = {
     "laptop": {},
-    "debug": dict(episode_steps=60, demos=2, demo_noise=0.0, batch=4, length=8, channels=4, deter=32, stoch=8, hidden=32,
-                  offline_updates=20, online_episodes=2, updates_per_episode=5, eval_every=20, eval_episodes=1,
-                  final_episodes=2, log_every=5, save_every=10),
+    "debug": dict(episode_steps=60, demos=2, demo_noise=0.0, batch=4, length=8, channels=4, deter=32, stoch=8,
+                  hidden=32, offline_updates=20, online_episodes=2, updates_per_episode=5, eval_every=20,
+                  eval_episodes=1, final_episodes=2, log_every=5, save_every=10),
     "paper": dict(episode_steps=200, batch=64, length=50, channels=32, stoch=64, ensemble=7, decode=1.0,
-                  offline_updates=1000, online_episodes=400, updates_per_episode=50, eval_every=2500, save_every=1000),
+                  offline_updates=1000, online_episodes=400, updates_per_episode=50, eval_every=2500,
+                  save_every=1000),
 }
 VARIANTS = {
     "moto": {},
     "no-unc": dict(alpha=0.0),
     "no-bc": dict(beta=0.0, repr_weight=0.0),
     "no-bc-no-unc": dict(alpha=0.0, beta=0.0, repr_weight=0.0),
-    "dreamerv2": dict(alpha=0.0, beta=0.0, repr_weight=0.0, real_weight=0.0),   # and no value expansion of real steps
-    "bc": dict(value_weight=0.0, eta=0.0, online_episodes=0),                   # Eq 13 alone: the behaviour prior
+    "dreamerv2": dict(alpha=0.0, beta=0.0, repr_weight=0.0, real_weight=0.0),   # nor real transitions
+    "bc": dict(value_weight=0.0, eta=0.0, online_episodes=0),                   # the behaviour prior alone
 }
 
 
 class Trouble(Exception):
-    """Bad input or a bad machine: one sentence with the cause and the mend. The command line prints it, exit code 2."""
+    """Bad input or a bad machine: one sentence with cause and mend. Exit code 2 on the command line."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Networks
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Encoder(nn.Module):
     """Image (N, 3, P, P) in [-0.5, 0.5] -> embedding (N, E): four strided convolutions and a linear layer."""
@@ -160,7 +163,8 @@ class Decoder(nn.Module):
         widths = [cfg.channels * m for m in (8, 4, 2, 1)] + [3]
         self.shape = widths[0], cfg.image_size // 16, cfg.image_size // 16
         self.inp = nn.Linear(cfg.deter + cfg.stoch, math.prod(self.shape))
-        layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.ConvTranspose2d(i, o, 4, 2, 1), nn.SiLU())]
+        layers = [layer for i, o in zip(widths, widths[1:])
+                  for layer in (nn.ConvTranspose2d(i, o, 4, 2, 1), nn.SiLU())]
         self.convolutions = nn.Sequential(*layers[:-1])
 
     def forward(self, feat):
@@ -170,14 +174,16 @@ class Decoder(nn.Module):
 
 def mlp(inputs, hidden, outputs):
     return nn.Sequential(nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.SiLU(),
-                         nn.Linear(hidden, hidden), nn.LayerNorm(hidden), nn.SiLU(), nn.Linear(hidden, outputs))
+                         nn.Linear(hidden, hidden), nn.LayerNorm(hidden), nn.SiLU(),
+                         nn.Linear(hidden, outputs))
 
 
 class EnsembleMLP(nn.Module):
-    """K separate one- or two-layer networks on one input (N, I) -> (K, N, O), as batched matrix products.
+    """K separate small networks on one input (N, I) -> (K, N, O), as batched matrix products.
 
-    No weight is shared: the first layer is one wide matrix whose K column blocks belong to one head each; every further
-    layer is a batch of K matrices. Each head has its own random initialisation, which is why heads disagree off the data.
+    No weight is shared: the first layer is one wide matrix of which each head owns a block of columns; every
+    further layer (`depth` of them) is a batch of K matrices. Each head has its own random initialisation,
+    which is why the heads disagree off the data.
     """
 
     def __init__(self, heads, inputs, hidden, outputs, depth=1):
@@ -190,7 +196,7 @@ class EnsembleMLP(nn.Module):
         self.biases = nn.ParameterList(torch.zeros(heads, 1, o) for o in sizes[1:])
 
     def forward(self, inp):
-        y = self.first(inp).unflatten(-1, (self.heads, self.hidden)).transpose(0, 1)           # (K, N, hidden)
+        y = self.first(inp).unflatten(-1, (self.heads, self.hidden)).transpose(0, 1)     # (K, N, hidden)
         for weight, bias in zip(self.weights, self.biases):
             y = torch.baddbmm(bias.to(y.dtype), F.silu(y), weight.to(y.dtype))
         return y
@@ -201,8 +207,9 @@ class TanhNormal:
 
         ln pi(a|s) = sum_A [ ln Normal(artanh a; mean, std) - ln(1 - a^2) ]
 
-    mean, std: (..., A). The second term is the logarithm of da/dn; written with n it is 2 (ln 2 - n - softplus(-2n)),
-    which stays finite where 1 - a^2 rounds to zero. Source: Haarnoja et al. 2018 (SAC), appendix C.
+    mean, std: (..., A). The second term is the logarithm of da/dn; written with n it is
+    2 (ln 2 - n - softplus(-2n)), which stays finite where 1 - a^2 rounds to zero.
+    Source: Haarnoja et al. 2018 (SAC), appendix C.
     """
 
     def __init__(self, mean, std):
@@ -214,6 +221,7 @@ class TanhNormal:
         return torch.tanh(self.mean)
 
     def log_density_at(self, n):
+        """ln pi(tanh n | s): (..., A) -> (...)."""
         normal = -0.5 * ((n - self.mean) / self.std) ** 2 - self.std.log() - 0.5 * math.log(2 * math.pi)
         return (normal - 2 * (math.log(2) - n - F.softplus(-2 * n))).sum(-1)
 
@@ -228,7 +236,7 @@ class TanhNormal:
 
 
 class Actor(nn.Module):
-    """Feature (..., F) -> TanhNormal over actions (..., A). The standard deviation lies in (0.1, 2.1) [DreamerV2]."""
+    """Feature (..., F) -> TanhNormal over actions (..., A). The deviation lies in (0.1, 2.1) [DreamerV2]."""
 
     def __init__(self, cfg, action_size):
         super().__init__()
@@ -240,8 +248,8 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Two critics: feature (..., F), action (..., A) -> Q (2, ...). The output is in units of 1 / (1 - gamma), the
-    return of a reward of one for ever, so that the network itself predicts numbers near one."""
+    """Two critics: feature (..., F), action (..., A) -> Q (2, ...). The output layer is in units of
+    1 / (1 - gamma), the return of a reward of one for ever, so that the network predicts numbers near one."""
 
     def __init__(self, cfg, action_size):
         super().__init__()
@@ -253,18 +261,18 @@ class Critic(nn.Module):
         return self.unit * self.nets(inp.flatten(0, -2)).float().reshape(2, *inp.shape[:-1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # World model: the RSSM with an ensemble of priors
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def gaussian(raw):
     """Split (..., 2S) into mean and standard deviation (..., S) >= 0.1 [PlaNet]."""
     mean, raw = raw.float().chunk(2, -1)
-    return mean, F.softplus(raw + 0.54) + 0.1                                  # softplus(0.54) = 1: starts near one
+    return mean, F.softplus(raw + 0.54) + 0.1           # softplus(0.54) = 1: starts near one
 
 
 class WorldModel(nn.Module):
-    """Recurrent state-space model [PlaNet, Dreamer] with K prior heads [LOMPO]: s = (h, z), all heads share h."""
+    """Recurrent state-space model [PlaNet, Dreamer] with K prior heads [LOMPO]: s = (h, z), heads share h."""
 
     def __init__(self, cfg, action_size, terminates):
         super().__init__()
@@ -274,14 +282,15 @@ class WorldModel(nn.Module):
         self.mix = nn.Sequential(nn.Linear(cfg.stoch + action_size, cfg.hidden), nn.SiLU())
         self.gru = nn.GRUCell(cfg.hidden, cfg.deter)
         self.posterior_in = nn.Linear(cfg.deter, cfg.hidden)
-        self.posterior_out = nn.Sequential(nn.LayerNorm(cfg.hidden), nn.SiLU(), nn.Linear(cfg.hidden, 2 * cfg.stoch))
+        self.posterior_out = nn.Sequential(nn.LayerNorm(cfg.hidden), nn.SiLU(),
+                                           nn.Linear(cfg.hidden, 2 * cfg.stoch))
         self.priors = EnsembleMLP(cfg.ensemble, cfg.deter, cfg.hidden, 2 * cfg.stoch)
         self.reward = mlp(feat, cfg.hidden, 1)
         self.continuation = mlp(feat, cfg.hidden, 1) if terminates else None
-        self.register_buffer("typical_u", torch.zeros(()))                    # mean disagreement on the data, see Eq 7
+        self.register_buffer("typical_u", torch.zeros(()))           # mean disagreement on the data: Eq 7
 
     def recurrence(self, h, z, a):
-        """h_t = GRU(h_{t-1}, [z_{t-1}, a_t]): (N, D), (N, S), (N, A) -> (N, D). Shared by posterior and priors."""
+        """h_t = GRU(h_{t-1}, [z_{t-1}, a_t]): (N, D), (N, S), (N, A) -> (N, D). All heads share it."""
         return self.gru(self.mix(torch.cat([z, a], -1)), h.to(z.dtype)).float()
 
     def posterior(self, h, embed):
@@ -289,20 +298,21 @@ class WorldModel(nn.Module):
         return gaussian(self.posterior_out(self.posterior_in(h) + embed))
 
     def prior(self, h):
-        """Eq 2, the ensemble: p_k(z_t | h_t), k = 1..K. h (N, D) -> mean, std (K, N, S), one slice per head."""
+        """Eq 2, the ensemble: p_k(z_t | h_t), k = 1..K. h (N, D) -> mean, std (K, N, S), a slice per head."""
         return gaussian(self.priors(h))
 
     def initial(self, n, device):
+        """The state before an episode: h (n, D) and z (n, S), all zero."""
         return torch.zeros(n, self.cfg.deter, device=device), torch.zeros(n, self.cfg.stoch, device=device)
 
     def filter_step(self, h, z, a, embed, noise):
-        """One step of Eq 1: previous state, the action that led here, the embedding of the image seen -> next state."""
+        """One step of Eq 1: previous state, the action that led here, the image's embedding -> next state."""
         h = self.recurrence(h, z, a)
         mean, std = self.posterior(h, embed)
         return h, mean + std * noise, mean, std
 
     def observe(self, x, a, first):
-        """Filter whole sequences: x (B, T, 3, P, P), a (B, T, A), first (B, T) bool -> h, z, mean, std (B, T, .).
+        """Filter whole sequences: x (B, T, 3, P, P), a (B, T, A), first (B, T) -> h, z, mean, std (B, T, .).
 
         Where `first` is set a new episode begins inside the sequence: state and action are forgotten there.
         """
@@ -313,7 +323,8 @@ class WorldModel(nn.Module):
         h, z = self.initial(B, a.device)
         steps = []
         for t in range(T):
-            h, z, mean, std = self.filter_step(h * keep[:, t], z * keep[:, t], a[:, t] * keep[:, t], embed[:, t], noise[:, t])
+            h, z, a_t = h * keep[:, t], z * keep[:, t], a[:, t] * keep[:, t]
+            h, z, mean, std = self.filter_step(h, z, a_t, embed[:, t], noise[:, t])
             steps.append((h, z, mean, std))
         return [torch.stack(column, 1) for column in zip(*steps)]
 
@@ -323,7 +334,7 @@ class WorldModel(nn.Module):
         return torch.sigmoid(raw) if self.cfg.reward_head == "bernoulli" else raw
 
     def expected_continuation(self, feat):
-        """P(the episode does not terminate at s): (..., F) -> (...); one for tasks that never terminate."""
+        """P(the task does not end at s): (..., F) -> (...); one for tasks that never terminate."""
         if self.continuation is None:
             return torch.ones(feat.shape[:-1], device=feat.device)
         return torch.sigmoid(self.continuation(feat).float().squeeze(-1))
@@ -334,9 +345,9 @@ def decoder_losses(model, feat, x, r, terminal, chosen):
 
         x_t ~ Normal(decoder(s_t), 1)       r_t ~ Bernoulli or Normal(reward(s_t), 1)
 
-    feat (N, F), x (N, 3, P, P), r, terminal (N,). `chosen` indexes the frames to decode: the mean over a random subset
-    is an unbiased estimate of the mean over all, at a fraction of the cost. Returns a dict of scalars in nats per step
-    (image: without the constant). Source: Dreamer.
+    feat (N, F), x (N, 3, P, P), r, terminal (N,). `chosen` indexes the frames to decode: the mean over a
+    random subset is an unbiased estimate of the mean over all, at a fraction of the cost. Returns a dict of
+    scalars in nats per step (the Normals' without their constant). Source: Dreamer.
     """
     error = model.decoder(feat[chosen]).float() - x[chosen].float()
     losses = {"image": 0.5 * error.square().flatten(1).sum(-1).mean()}
@@ -360,9 +371,9 @@ def kl_balanced(q, p, balance, free_nats):
 
         KL = w KL(sg q || p) + (1 - w) KL(q || sg p),   each clipped below at free_nats
 
-    q: (mean, std) of (N, S); p: (mean, std) of (K, N, S). w = `balance`; sg stops the gradient, so w = 0.8 moves the prior
-    towards the posterior four times as hard as the other way round. Returns nats (K, N). Source: DreamerV2; DreamerV3
-    for clipping each element.
+    q: (mean, std) of (N, S); p: (mean, std) of (K, N, S). w = `balance`; sg stops the gradient, so w = 0.8
+    moves the prior towards the posterior four times as hard as the other way round. Returns nats (K, N).
+    Source: DreamerV2; DreamerV3 for clipping each element.
     """
     stop = lambda d: tuple(v.detach() for v in d)
     train_prior = kl_normal(*stop(q), *p).clamp(min=free_nats)
@@ -375,7 +386,8 @@ def model_loss(model, batch):
 
         L = -ln p(x_t|s_t) - ln p(r_t|s_t) + mean_k KL(q(z_t) || p_k(z_t)),   s_t ~ q (Eq 1)
 
-    batch: dict of x (B, T, 3, P, P), a (B, T, A), r, terminal, first (B, T). Returns (loss, metrics, feat (B, T, F)).
+    batch: dict of x (B, T, 3, P, P), a (B, T, A), r, terminal, first (B, T).
+    Returns (loss, metrics, feat (B, T, F)).
     """
     cfg = model.cfg
     h, z, mean, std = model.observe(batch["x"], batch["a"], batch["first"])
@@ -393,15 +405,15 @@ def model_loss(model, batch):
     return sum(scales[name] * value for name, value in losses.items()), metrics, feat
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Imagination under the penalty
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def disagreement(means):
-    """Eq 6: epistemic uncertainty u(s, a) = std over k of the K predicted means, averaged over S: (K, ..., S) -> (...).
+    """Eq 6: epistemic uncertainty u(s, a) = std over k of the K predicted means, averaged over S.
 
-    The heads saw the same data from different initialisations: where there was data they agree, elsewhere they need not.
-    Zero for K = 1. Source: LOMPO; Lakshminarayanan et al. 2017 for deep ensembles.
+    means (K, ..., S) -> (...). The heads saw the same data from different initialisations: where there was
+    data they agree, elsewhere they need not. Zero for K = 1. Source: LOMPO; Lakshminarayanan et al. 2017.
     """
     return means.std(0, correction=0).mean(-1)
 
@@ -411,8 +423,9 @@ def penalised_reward(reward, u, alpha, typical_u=1.0):
 
         r~(s, a) = E[r(s')] - alpha u(s, a)
 
-    reward, u: (...). DEPARTURE: u is divided by `typical_u`, its running mean on the data, so that alpha is in units of
-    reward per "as uncertain as on the data" and does not change its meaning while the model learns. Source: MOPO, LOMPO.
+    reward, u: (...). DEPARTURE: u is divided by `typical_u`, its running mean on the data, so that alpha is
+    in units of reward per "as uncertain as on the data" and keeps its meaning while the model learns.
+    Source: MOPO, LOMPO.
     """
     return reward - alpha * u / typical_u
 
@@ -422,8 +435,8 @@ def imagine(model, actor, h, z, horizon):
 
         s^0 = s_t;   a^i ~ pi(.|s^i);   s^{i+1} ~ p_k(.|s^i, a^i),  k drawn afresh for each state at each step
 
-    h (N, D), z (N, S) -> dict of feat (H+1, N, F), a (H+1, N, A), logp (H+1, N), u (H, N) with u^i = u(s^i, a^i).
-    Gradients flow from every output to the actor. Source: Dreamer; the drawn head, LOMPO and PETS.
+    h (N, D), z (N, S) -> dict of feat (H+1, N, F), a (H+1, N, A), logp (H+1, N), u (H, N), u^i = u(s^i, a^i).
+    Gradients flow from every output to the actor. Sources: Dreamer; LOMPO and PETS for the drawn head.
     """
     N, K = h.shape[0], model.cfg.ensemble
     feats, actions, logps, us = [], [], [], []
@@ -438,20 +451,21 @@ def imagine(model, actor, h, z, horizon):
         us.append(disagreement(means))
         k = torch.randint(K, (N,), device=h.device), torch.arange(N, device=h.device)
         z = means[k] + stds[k] * torch.randn_like(z)
-    return {"feat": torch.stack(feats), "a": torch.stack(actions), "logp": torch.stack(logps), "u": torch.stack(us)}
+    us = torch.stack(us) if us else h.new_zeros(0, N)                          # H = 0: no model at all
+    return {"feat": torch.stack(feats), "a": torch.stack(actions), "logp": torch.stack(logps), "u": us}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Value expansion and the critic
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def value_expansion(reward, discount, q, lam):
     """Eq 9: the lambda-return along the imagined steps, computed backwards.
 
         V^i = r~^i + discount^i [(1 - lam) Q(s^{i+1}, a^{i+1}) + lam V^{i+1}],   V^H = Q(s^H, a^H)
 
-    reward, discount (H, N): r~(s^i, a^i) and gamma times the continuation of s^{i+1}; q (H+1, N): the smaller target
-    critic. Returns V (H+1, N). Sources: Feinberg et al. 2018 (MVE); Sutton and Barto, chapter 12.
+    reward, discount (H, N): r~(s^i, a^i) and gamma times the continuation of s^{i+1}; q (H+1, N): the smaller
+    target critic. Returns V (H+1, N). Sources: Feinberg et al. 2018 (MVE); Sutton and Barto, chapter 12.
     """
     V = [q[-1]]
     for i in reversed(range(len(reward))):
@@ -464,16 +478,18 @@ def critic_target(r, terminal, V0, gamma):
 
         y_t = r_{t+1} + gamma (1 - terminal_{t+1}) V^0(s_{t+1})
 
-    r, terminal, V0: (B, T) -> (B, T-1). SHARP: r_{t+1} sits at index t+1; `terminal` marks true ends of a task only. A time
-    limit leaves it at zero, and the value goes on. Imagined steps need no function: their target is V^i itself.
+    r, terminal, V0: (B, T) -> (B, T-1). SHARP: r_{t+1} sits at index t+1; `terminal` marks true ends of a
+    task only. A time limit leaves it at zero, and the value goes on. Imagined steps need no function of their
+    own: their target is V^i itself.
     """
     return r[:, 1:] + gamma * (1 - terminal[:, 1:]) * V0[:, 1:]
 
 
 def critic_loss(q, y, weight, unit):
-    """Eq 11: weighted mean squared error of both critics, in the units of Critic: q (2, ...), y, weight (...) -> scalar.
+    """Eq 11: weighted mean squared error of both critics, in the units of Critic.
 
-    The targets carry no gradient. The two critics differ by initialisation; the smaller one is used in V [TD3].
+    q (2, ...), y, weight (...) -> scalar. The targets carry no gradient. The two critics differ by their
+    initialisation; the smaller one is used in V [TD3].
     """
     error = ((q - y.detach()) / unit).square().sum(0)
     return (weight * error).sum() / weight.sum().clamp(min=1)
@@ -486,16 +502,16 @@ def update_target(target, source, rate):
         slow.lerp_(fast, rate)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The actor and its behaviour prior
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def behaviour_loss(actor, feat, a, weight):
     """Eq 13: the behaviour prior, maximum likelihood of the offline actions: -E_data[ln pi(a_{t+1} | s_t)].
 
-    feat (B, T, F), a (B, T, A), weight (B, T-1): one where a_{t+1} is an offline action that left s_t. Alone it is
-    behaviour cloning; inside Eq 14 it is the policy's anchor. Returns nats per action. Actions are moved to +-0.99
-    at most: at +-1 the density is infinite. Source: maximum likelihood; TD3+BC for its use beside a value.
+    feat (B, T, F), a (B, T, A), weight (B, T-1): one where a_{t+1} is an offline action that left s_t. Alone
+    it is behaviour cloning; inside Eq 14 it is the policy's anchor. Returns nats per action. Actions are
+    moved to +-0.99 at most: at +-1 the density is infinite. Source: TD3+BC for its use beside a value.
     """
     nll = -actor(feat[:, :-1]).log_prob(a[:, 1:].clamp(-0.99, 0.99))
     return (weight * nll).sum() / weight.sum().clamp(min=1)
@@ -506,20 +522,20 @@ def actor_loss(V0, behaviour, logp, weight, cfg):
 
         L = -E[V^0(s)] (1 - gamma) + beta * behaviour + eta * E[ln pi(a|s)]
 
-    V0, logp, weight (N,); behaviour: the scalar of Eq 13. The gradient of V^0 runs through actions, model, penalty and
-    critic ("straight through"), not through a score function. (1 - gamma) puts the value on the scale of one step's reward, where
-    beta = 1 balances it. Sources: Dreamer, TD3+BC, SAC.
+    V0, logp, weight (N,); behaviour: the scalar of Eq 13. The gradient of V^0 runs through actions, model,
+    penalty and critic, not through a score function. (1 - gamma) puts the value on the scale of one step's
+    reward, where beta = 1 balances it. Sources: Dreamer, TD3+BC, SAC.
     """
     value = (weight * V0).sum() / weight.sum().clamp(min=1) * (1 - cfg.gamma)
     return -cfg.value_weight * value + cfg.beta * behaviour + cfg.eta * logp.mean()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Why the penalty is safe, on a table
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def tabular_value(P, r, pi, gamma):
-    """State values (X,) of policy pi (X, A) in an MDP with transitions P (X, A, X) and rewards r (X, A), solved exactly."""
+    """State values (X,) of policy pi (X, A) under transitions P (X, A, X) and rewards r (X, A), exactly."""
     P_pi, r_pi = np.einsum("xa,xay->xy", pi, P), (pi * r).sum(1)
     return np.linalg.solve(np.eye(len(r)) - gamma * P_pi, r_pi)
 
@@ -533,22 +549,24 @@ def tabular_optimum(P, r, gamma, sweeps=2000):
 
 
 def tabular_bound(P, P_hat, r, u, alpha, gamma, pi, start):
-    """Eq 16, Theorem B.1 on a table: the policy that is optimal in the model under the penalty is nearly as good as any pi.
+    """Eq 16, Theorem B.1 on a table: the policy optimal in the penalised model is nearly as good as pi.
 
-        J(pi_hat) >= J(pi) - 2 alpha E_pi[u]     if alpha u(s, a) >= gamma max V * TV(P_hat(s, a), P(s, a)) everywhere
+        J(pi_hat) >= J(pi) - 2 alpha E_pi[u]    if alpha u(s, a) >= gamma max V |P_hat - P|_1 at every (s, a)
 
-    P true, P_hat learned transitions (X, A, X); r, u (X, A); pi (X, A); start (X,). E_pi[u] is the discounted sum of u along
-    pi in the model. Returns (J(pi_hat), the right-hand side, whether the condition holds). Source: MOPO, theorem 4.4.
+    P true, P_hat learned transitions (X, A, X); r, u (X, A); pi (X, A), any policy; start (X,). E_pi[u] is
+    the discounted sum of u along pi in the model. Returns (J(pi_hat), the right-hand side, whether the
+    condition holds). Source: MOPO, theorem 4.4.
     """
     pi_hat = tabular_optimum(P_hat, r - alpha * u, gamma)
     J = lambda policy: start @ tabular_value(P, r, policy, gamma)
-    error = np.abs(P - P_hat).sum(-1) * gamma * np.abs(r).max() / (1 - gamma)   # >= gamma |E_P V - E_P_hat V|
-    return J(pi_hat), J(pi) - 2 * alpha * start @ tabular_value(P_hat, u, pi, gamma), bool((alpha * u >= error - 1e-12).all())
+    error = np.abs(P - P_hat).sum(-1) * gamma * np.abs(r).max() / (1 - gamma)  # >= gamma |E_P V - E_P_hat V|
+    promise = J(pi) - 2 * alpha * start @ tabular_value(P_hat, u, pi, gamma)
+    return J(pi_hat), promise, bool((alpha * u >= error - 1e-12).all())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The agent
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def to_image(x):
     """uint8 (..., P, P, 3) -> float (..., 3, P, P) in [-0.5, 0.5], channels last in memory."""
@@ -565,86 +583,106 @@ class Agent:
         self.actor = Actor(cfg, action_size).to(device)
         self.critic = Critic(cfg, action_size).to(device)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.modules = {"model": self.model, "actor": self.actor, "critic": self.critic, "target": self.target}
+        self.modules = {"model": self.model, "actor": self.actor, "critic": self.critic,
+                        "target": self.target}
         rates = {"model": cfg.model_lr, "actor": cfg.actor_lr, "critic": cfg.critic_lr}
-        self.optimisers = {name: torch.optim.Adam(self.modules[name].parameters(), lr=rate, eps=1e-6, fused=True)
-                           for name, rate in rates.items()}
-        self.half = cfg.precision == "bfloat16"
+        self.optimisers = {
+            name: torch.optim.Adam(self.modules[name].parameters(), lr=rate, eps=1e-6, fused=True)
+            for name, rate in rates.items()}
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.precision == "bfloat16")
 
     def step(self, name, loss):
-        """One optimiser step on `loss` for the parameters of module `name`, and for no others. Returns the gradient's norm.
+        """One optimiser step on `loss` for the parameters of module `name`, and for no others.
 
-        Raises FloatingPointError, before any parameter moves, on a loss or gradient that is not finite.
+        Returns the gradient's norm. Raises FloatingPointError, before any parameter moves, where loss or
+        gradient is not finite.
         """
         parameters = list(self.modules[name].parameters())
         self.optimisers[name].zero_grad()
         loss.backward(inputs=parameters)
         norm = nn.utils.clip_grad_norm_(parameters, self.cfg.grad_clip)
-        if not torch.isfinite(norm):                                           # before the step: no parameter is spoilt
-            raise FloatingPointError(f"the {name} loss became {float(loss.detach())} with a gradient of norm {float(norm)}")
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the {name} loss is {float(loss.detach())}, its gradient {float(norm)}")
         self.optimisers[name].step()
         return norm
 
     def update(self, batch):
-        """One step of everything. batch: dict of uint8 image (B, T, P, P, 3), a, r, terminal, first, offline (B, T).
-
-        Returns metrics (floats). Raises FloatingPointError as `step` does.
+        """One step of everything. batch: dict of image (B, T, P, P, 3) uint8, a (B, T, A) and r, terminal,
+        first, offline (B, T), arrays or tensors. Returns metrics (floats). Raises FloatingPointError.
         """
-        cfg, model = self.cfg, self.model
-        batch = {name: torch.as_tensor(value).to(self.device, non_blocking=True) for name, value in batch.items()}
+        cfg = self.cfg
+        batch = {name: torch.as_tensor(value).to(self.device) for name, value in batch.items()}
         batch["x"] = to_image(batch.pop("image"))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            loss, metrics, feat = model_loss(model, batch)
-            leaves = (~batch["first"][:, 1:]).float()                          # one where a_{t+1} really leaves s_t
-            demonstrated = leaves * batch["offline"][:, 1:].float()
-            shaping = behaviour_loss(self.actor, feat, batch["a"], demonstrated) if cfg.repr_weight else torch.zeros(())
+        leaves = (~batch["first"][:, 1:]).float()                    # one where a_{t+1} leaves s_t
+        demonstrated = leaves * batch["offline"][:, 1:].float()
+
+        with self.autocast():
+            loss, metrics, feat = model_loss(self.model, batch)
+            shaping = cfg.repr_weight and behaviour_loss(self.actor, feat, batch["a"], demonstrated)
         metrics["grad/model"] = self.step("model", loss + cfg.repr_weight * shaping)
-        u, typical = metrics["model/disagreement"], model.typical_u
+        u, typical = metrics["model/disagreement"], self.model.typical_u
         typical.copy_(torch.where(typical == 0, u, torch.lerp(typical, u, 0.01)))
 
         feat = feat.detach().float()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+        with self.autocast():
             behaviour = behaviour_loss(self.actor, feat, batch["a"], demonstrated)
-            metrics["actor/behaviour_nll"] = behaviour.detach()
-            if cfg.value_weight == 0:
-                self.step("actor", behaviour)
-                return {name: float(value.detach()) for name, value in metrics.items()}
-            start = feat.flatten(0, 1)
-            dream = imagine(model, self.actor, start[:, :cfg.deter], start[:, cfg.deter:], cfg.horizon)
-            reward = model.expected_reward(dream["feat"][1:])
-            paid = penalised_reward(reward, dream["u"], cfg.alpha, model.typical_u)
-            alive = model.expected_continuation(dream["feat"][1:])
-            q = self.target(dream["feat"], dream["a"]).min(0).values           # Eq 11: the smaller of the two
-            V = value_expansion(paid, cfg.gamma * alive, q, cfg.lam)
-            weight = torch.cat([1 - batch["terminal"].reshape(1, -1), alive.detach()]).cumprod(0)   # still running at s^i
-            loss_actor = actor_loss(V[0], behaviour, dream["logp"][0], weight[0], cfg)
-
-            y = critic_target(batch["r"], batch["terminal"], V[0].reshape(leaves.shape[0], -1), cfg.gamma)
-            real = critic_loss(self.critic(feat[:, :-1], batch["a"][:, 1:]), y, leaves, self.critic.unit)
-            dreamt = critic_loss(self.critic(dream["feat"][:-1].detach(), dream["a"][:-1].detach()), V[:-1], weight[:-1],
-                                 self.critic.unit)
-            loss_critic = cfg.real_weight * real + dreamt
-        metrics["grad/actor"] = self.step("actor", loss_actor)
-        metrics["grad/critic"] = self.step("critic", loss_critic)
-        update_target(self.target, self.critic, cfg.target_rate)
-        metrics |= {"actor/value": V[0].mean() * (1 - cfg.gamma), "actor/entropy": -dream["logp"][0].mean(),
-                    "critic/real": real, "critic/imagined": dreamt, "imagined/reward": reward.mean(),
-                    "imagined/disagreement": dream["u"].mean() / model.typical_u}
+            metrics["actor/behaviour_nll"] = behaviour
+            if cfg.value_weight:
+                loss_actor, loss_critic, more = self.imagined_losses(feat, batch, behaviour, leaves)
+                metrics |= more
+        if not cfg.value_weight:
+            metrics["grad/actor"] = self.step("actor", behaviour)
+        else:
+            metrics["grad/actor"] = self.step("actor", loss_actor)
+            metrics["grad/critic"] = self.step("critic", loss_critic)
+            update_target(self.target, self.critic, cfg.target_rate)
         return {name: float(value.detach()) for name, value in metrics.items()}
 
-    @torch.no_grad()
-    def act(self, image, state, generator=None):
-        """One step of acting: uint8 image (P, P, 3) and the carried state (None at a reset) -> action (A,), next state.
+    def imagined_losses(self, feat, batch, behaviour, leaves):
+        """Eq 6 to 11 and 14 on a batch: feat (B, T, F) without gradient -> actor and critic loss, metrics."""
+        cfg, model = self.cfg, self.model
+        start = feat.flatten(0, 1)
+        dream = imagine(model, self.actor, start[:, :cfg.deter], start[:, cfg.deter:], cfg.horizon)
+        reward = model.expected_reward(dream["feat"][1:])
+        paid = penalised_reward(reward, dream["u"], cfg.alpha, model.typical_u)
+        alive = model.expected_continuation(dream["feat"][1:])
+        q = self.target(dream["feat"], dream["a"]).min(0).values     # the smaller of the two
+        V = value_expansion(paid, cfg.gamma * alive, q, cfg.lam)
+        running = torch.cat([1 - batch["terminal"].reshape(1, -1), alive.detach()]).cumprod(0)
+        loss_actor = actor_loss(V[0], behaviour, dream["logp"][0], running[0], cfg)
 
-        With a generator, latents and action are sampled (data collection); without, means are used (evaluation).
+        y = critic_target(batch["r"], batch["terminal"], V[0].reshape(feat.shape[:2]), cfg.gamma)
+        real = critic_loss(self.critic(feat[:, :-1], batch["a"][:, 1:]), y, leaves, self.critic.unit)
+        q = self.critic(dream["feat"][:-1].detach(), dream["a"][:-1].detach())
+        dreamt = critic_loss(q, V[:-1], running[:-1], self.critic.unit)
+        return loss_actor, cfg.real_weight * real + dreamt, {
+            "actor/value": V[0].mean() * (1 - cfg.gamma), "actor/entropy": -dream["logp"][0].mean(),
+            "critic/real": real, "critic/imagined": dreamt, "imagined/reward": reward.mean(),
+            "imagined/disagreement": dream["u"].mean() / model.typical_u}
+
+    @torch.no_grad()
+    def act(self, image, state=None, generator=None):
+        """One step of acting: uint8 image (P, P, 3), carried state (None at a reset) -> a (A,), next state.
+
+        With a generator, latents and action are sampled (data collection), without, means (evaluation).
         """
+        def noise(n):
+            sampled = torch.zeros(1, n) if generator is None else torch.randn(1, n, generator=generator)
+            return sampled.to(self.device)
         x = to_image(torch.as_tensor(image, device=self.device))[None]
-        h, z, a = state or (*self.model.initial(1, self.device), torch.zeros(1, self.model.action_size, device=self.device))
-        noise = lambda n: (torch.zeros(1, n) if generator is None else torch.randn(1, n, generator=generator)).to(self.device)
+        h, z, a = state or (*self.model.initial(1, self.device), noise(self.model.action_size) * 0)
         h, z, *_ = self.model.filter_step(h, z, a, self.model.encoder(x), noise(self.cfg.stoch))
         policy = self.actor(torch.cat([h, z], -1))
-        a = policy.mode if generator is None else policy.rsample(noise(a.shape[-1]))[0]
+        a = policy.mode if generator is None else policy.rsample(noise(self.model.action_size))[0]
         return a[0].cpu().numpy(), (h, z, a)
+
+    @torch.no_grad()
+    def promise(self, image):
+        """What the critics promise at an episode's first image (P, P, 3), in units of 1 / (1 - gamma)."""
+        _, (h, z, a) = self.act(image)
+        return float(self.critic(torch.cat([h, z], -1), a).min() / self.critic.unit)
 
     def state_dict(self):
         return {"modules": {name: module.state_dict() for name, module in self.modules.items()},
@@ -657,15 +695,20 @@ class Agent:
             optimiser.load_state_dict(state["optimisers"][name])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Episodes and replay
-# ---------------------------------------------------------------------------------------------------------------------
-# An episode on disk is an .npz of: image (L+1, P, P, 3) uint8; action (L, A) float in [-1, 1], action[i] led from image[i] to
-# image[i+1]; reward (L,) float; optionally terminal, one bool: the task itself ended (a time limit is not that).
+# ------------------------------------------------------------------------------------------------------------
+# An episode on disk is an .npz of: image (L+1, P, P, 3) uint8; action (L, A) float in [-1, 1], where
+# action[i] led from image[i] to image[i+1]; reward (L,) float, received on arriving at image[i+1];
+# optionally terminal, one bool: the task itself ended at the last image (a time limit is not that).
 
 def write_atomically(path, write):
-    """Call write(file) on a temporary neighbour, flush it to the disk, then rename: a reader never sees half a file."""
-    path, partial = Path(path), Path(f"{path}.partial")
+    """Call write(file) on a temporary neighbour, flush it to the disk, rename it: no half files.
+
+    Raises Trouble on a full or unwritable disk; what `path` held before is then untouched.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
@@ -673,10 +716,11 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:                                   # torch.save reports a full disk as RuntimeError
-        partial.unlink(missing_ok=True) if os.access(path.parent, os.W_OK) else None
-        raise Trouble(f"cannot write {path} ({error}); free some disk space or choose a writable folder, and repeat the "
-                      "command: everything saved before is intact") from None
+    except (OSError, RuntimeError) as error:                      # RuntimeError: torch.save's full disk
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise Trouble(f"cannot write {path} ({error}); free some disk space or choose a writable folder, and "
+                      "repeat the command: everything saved before is intact") from None
 
 
 def write_json(path, value):
@@ -690,55 +734,56 @@ def save_episode(path, image, action, reward, terminal=False):
         reward=np.asarray(reward, np.float32), terminal=np.asarray(terminal, bool)))
 
 
-def load_episode(path, image_size, action_size=None):
-    """Read and check one .npz episode -> dict of image, action, reward, terminal. Raises Trouble naming file and fault."""
+def load_episode(path, image_size, action_size):
+    """Read and check one .npz episode -> dict of image, action, reward, terminal. Trouble names the fault."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("image", "action", "reward", "terminal") if name in file.files}
-    except Exception as error:                                                 # zip, zlib, pickle, header, system: all "damaged"
-        raise Trouble(f"{path} cannot be read ({type(error).__name__}: {error}); it is missing, truncated or no .npz of plain "
-                      "arrays: write it again or remove it") from None
+            arrays = {name: file[name] for name in file.files}
+    except Exception as error:                                       # zip, zlib, pickle, header, system
+        raise Trouble(f"{path} cannot be read ({type(error).__name__}: {error}); it is missing, truncated or "
+                      "no .npz of plain arrays: write it again or remove it") from None
     missing = {"image", "action", "reward"} - arrays.keys()
     if missing:
         raise Trouble(f"{path} lacks {', '.join(sorted(missing))}; an episode has image, action and reward")
     image, action, reward = arrays["image"], arrays["action"], arrays["reward"]
-    L, P = len(reward) if reward.ndim else 0, image_size
-    faults = [
-        (image.dtype != np.uint8, f"image is {image.dtype}, expected uint8"),
-        (action.dtype.kind != "f" or reward.dtype.kind not in "fiub", f"action and reward are {action.dtype} and {reward.dtype}, "
-                                                                       "expected floating point"),
-        (reward.ndim != 1 or L == 0, f"reward has shape {reward.shape}, expected (L,) with at least one step"),
-        (image.shape != (L + 1, P, P, 3), f"image has shape {image.shape}, expected {(L + 1, P, P, 3)}: one more than rewards"),
-        (action.ndim != 2 or len(action) != L, f"action has shape {action.shape}, expected ({L}, A)"),
-        (action.ndim == 2 and action_size not in (None, action.shape[-1]),
-         f"action has {action.shape[-1]} numbers a step, the task takes {action_size}"),
-        (arrays.get("terminal", np.zeros(())).size != 1, "terminal is not one bool"),
-    ]
-    if not any(bad for bad, _ in faults):
-        faults = [(not (np.isfinite(action).all() and np.isfinite(reward).all()), "action or reward is not finite"),
-                  (np.abs(action).max() > 1.001, f"action reaches {np.abs(action).max():g}, expected [-1, 1]")]
-    for bad, fault in faults:
-        if bad:
-            raise Trouble(f"{path}: {fault}; correct the file or remove it")
+    terminal = arrays.get("terminal", np.zeros((), bool))
+    L = len(reward) if reward.ndim else 0
+    for wanted, found in (
+            ("image of uint8", image.dtype == np.uint8 or image.dtype),
+            ("action of floating point", action.dtype.kind == "f" or action.dtype),
+            ("reward of floating point or whole numbers", reward.dtype.kind in "fiub" or reward.dtype),
+            ("reward of shape (L,) with at least one step", (reward.ndim == 1 and L > 0) or reward.shape),
+            (f"action of shape {(L, action_size)}", action.shape == (L, action_size) or action.shape),
+            (f"image of shape {(L + 1, image_size, image_size, 3)}, one more than rewards",
+             image.shape == (L + 1, image_size, image_size, 3) or image.shape),
+            ("terminal to be one bool", terminal.size == 1 or terminal.shape)):
+        if found is not True:
+            raise Trouble(f"{path}: expected {wanted}, found {found}; correct the file or remove it")
+    for name, array, limit in (("action", action, 1.001), ("reward", reward, np.inf)):
+        if not np.isfinite(array).all() or np.abs(array).max() > limit:
+            wanted = "finite" if limit == np.inf else "finite and in [-1, 1]"
+            raise Trouble(f"{path}: {name} must be {wanted}, found {array.min():g} to {array.max():g}; "
+                          "correct the file or remove it")
     return {"image": image, "action": action.astype(np.float32), "reward": reward.astype(np.float32),
-            "terminal": bool(arrays.get("terminal", False))}
+            "terminal": bool(terminal)}
 
 
 class Replay:
-    """Episodes laid end to end in flat arrays, so that a sequence is a slice and sampling costs the same at any size.
+    """Episodes laid end to end in flat arrays: a sequence is a slice; sampling costs the same at any size.
 
-    Images stay uint8 and are held once. A sequence may run over the end of one episode into the next: `first` marks the
-    seam, and every loss respects it. Any start position is equally likely.
+    Images stay uint8 and are held once. A sequence may run over the end of one episode into the next: `first`
+    marks the seam, and every loss respects it. Any start position is equally likely.
     """
 
     def __init__(self, capacity, image_size, action_size, offline):
         self.size, self.offline = 0, offline
-        self.data = {"image": np.zeros((capacity, image_size, image_size, 3), np.uint8),      # untouched pages cost no memory
-                     "a": np.zeros((capacity, action_size), np.float32), "r": np.zeros(capacity, np.float32),
-                     "terminal": np.zeros(capacity, np.float32), "first": np.zeros(capacity, bool)}
+        self.data = {"image": np.zeros((capacity, image_size, image_size, 3), np.uint8),
+                     "a": np.zeros((capacity, action_size), np.float32),
+                     "r": np.zeros(capacity, np.float32), "terminal": np.zeros(capacity, np.float32),
+                     "first": np.zeros(capacity, bool)}                # memory is used as it is filled
 
     def add(self, episode):
-        """Append one episode (dict as from load_episode), shifting to this file's time: a[t], r[t] led into image[t]."""
+        """Append an episode (dict as from load_episode) in this file's time: a[t], r[t] led into image[t]."""
         n = len(episode["image"])
         here = slice(self.size, self.size + n)
         self.data["image"][here] = episode["image"]
@@ -748,7 +793,7 @@ class Replay:
         self.size += n
 
     def sample(self, rng, count, length):
-        """`count` sequences of `length` steps -> dict of (count, length, ...). The first step of each counts as a beginning."""
+        """`count` sequences of `length` steps -> dict of (count, length, ...); `first` is set at starts."""
         starts = rng.integers(0, self.size - length + 1, size=count)
         at = starts[:, None] + np.arange(length)
         batch = {name: array[at] for name, array in self.data.items()}
@@ -760,84 +805,88 @@ class Replay:
 def sample_batch(cfg, rng, offline, online):
     """B sequences: all offline before there is online data, then `offline_fraction` of them."""
     count = cfg.batch if online.size < cfg.length else round(cfg.offline_fraction * cfg.batch)
-    parts = [store.sample(rng, n, cfg.length) for store, n in ((offline, count), (online, cfg.batch - count)) if n]
+    shares = (offline, count), (online, cfg.batch - count)
+    parts = [store.sample(rng, n, cfg.length) for store, n in shares if n]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Environments and demonstrations
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# An environment has action_size, terminates, describe() -> dict, reset(seed) -> image, close(), and
+# step(a) -> image, reward, terminal (the task ended), over (it ended or ran out of time), success.
 
-GL_HELP = ("no OpenGL backend works for MuJoCo without a screen; install one (Debian, Ubuntu: apt-get install libegl1 "
-           "libgl1-mesa-dri, or libosmesa6) or set MUJOCO_GL to one that works")
+GL_HELP = ("no OpenGL backend works for MuJoCo without a screen; install one (Debian, Ubuntu: apt-get "
+           "install libegl1 libgl1-mesa-dri, or libosmesa6) or set MUJOCO_GL to one that works")
 
 
 def choose_gl():
-    """Set MUJOCO_GL, which must happen before mujoco is imported: the user's value, else EGL, else OSMesa. Linux only."""
+    """Set MUJOCO_GL before mujoco is imported: the user's, else EGL, else OSMesa. False where none works."""
     if not sys.platform.startswith("linux") or "mujoco" in sys.modules:
-        return
+        return True
     chosen = os.environ.get("MUJOCO_GL")
-    for backend in [chosen] if chosen else ("egl", "osmesa"):                  # a failed import cannot be undone: try elsewhere
-        trial = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8).close()"
+    trial = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8).close()"
+    for backend in [chosen] if chosen else ("egl", "osmesa"):        # in a child: a failed import stays so
         if subprocess.run([sys.executable, "-c", trial], env=os.environ | {"MUJOCO_GL": backend},
                           capture_output=True).returncode == 0:
             os.environ["MUJOCO_GL"] = backend
-            return
-    raise Trouble(GL_HELP)
+            return True
+    return False
+
+
+def nearest(name, known):
+    """A hint for an error message: the names nearest to a wrong one, or all of them."""
+    near = difflib.get_close_matches(name, known, 3, 0.4)
+    return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(known)}"
 
 
 class MetaWorld:
-    """A Meta-World task seen through the authors' camera: reset(seed) -> image; step(a) -> image, r, terminal, over, success.
+    """A Meta-World task seen through the authors' camera.
 
-    The protocol of the authors' baselines: sparse reward (1 while `success` holds), action repeat, new object and goal
-    positions at each reset, jittered hand, ten zero actions, no early termination. DEPARTURE: shadows, multisampling and
-    reflections are off, which renders about ten times faster in software.
+    The protocol of the authors' baselines: sparse reward (1 while `success` holds), action repeat, new object
+    and goal positions at each reset, jittered hand, ten zero actions, no early termination. DEPARTURE:
+    shadows, multisampling and reflections are off, which renders about ten times faster in software.
     """
     action_size, terminates = 4, False
+    view = {"azimuth": 15, "elevation": -22.5, "distance": 0.75, "lookat": [-0.15, 0.65, 0.25]}
 
     def __init__(self, cfg):
-        choose_gl()
-        warnings.filterwarnings("ignore", "Constant")                          # its scripted policies leave [-1, 1]; they are clipped
-        try:
-            import mujoco
-            from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as tasks
-            from metaworld.policies import ENV_POLICY_MAP as policies
-        except ImportError as error:
-            raise Trouble(f"Meta-World cannot be imported ({error}); pip install -r requirements.txt") from None
-        except (AttributeError, RuntimeError) as error:                        # what mujoco raises for a GL backend that fails
-            raise Trouble(f"{GL_HELP} ({error})") from None
+        if importlib.util.find_spec("metaworld") is None:
+            raise Trouble("Meta-World is not installed; pip install -r requirements.txt")
+        if not choose_gl():
+            raise Trouble(GL_HELP)
+        import mujoco
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as tasks
+        from metaworld.policies import ENV_POLICY_MAP as policies
         names = sorted(name.removesuffix("-v3-goal-observable") for name in tasks)
         if cfg.task not in names:
-            near = difflib.get_close_matches(cfg.task, names, 3, 0.4)
-            raise Trouble(f"unknown task {cfg.task!r}; " + (f"did you mean {', '.join(near)}?" if near else
-                          f"Meta-World has {', '.join(names)}") + " For another simulator: gym:ENV_ID")
-        self.repeat = cfg.action_repeat
+            raise Trouble(f"unknown task {cfg.task!r}; {nearest(cfg.task, names)}, or gym:ENV_ID")
+        warnings.filterwarnings("ignore", "Constant")                # scripted actions leave [-1, 1]: clipped
         self.env = tasks[f"{cfg.task}-v3-goal-observable"](seed=0)
         self.env.seeded_rand_vec, self.env._freeze_rand_vec = True, False
-        self.policy_class = policies[f"{cfg.task}-v3"]
+        self.policy_class, self.repeat = policies[f"{cfg.task}-v3"], cfg.action_repeat
+        most = (self.env.max_path_length - 10) // cfg.action_repeat
+        if cfg.episode_steps > most:
+            raise Trouble(f"--episode-steps is {cfg.episode_steps} but Meta-World allows at most {most}")
         quality = self.env.model.vis.quality
-        quality.shadowsize = quality.offsamples = 0                            # SHARP: before the renderer is built
-        try:
-            self.renderer = mujoco.Renderer(self.env.model, cfg.image_size, cfg.image_size)
-        except Exception as error:
-            raise Trouble(f"{GL_HELP} ({error})") from None
+        quality.shadowsize = quality.offsamples = 0                  # SHARP: before the renderer is built
+        self.renderer = mujoco.Renderer(self.env.model, cfg.image_size, cfg.image_size)
         self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self.camera = mujoco.MjvCamera()
-        self.camera.azimuth, self.camera.elevation, self.camera.distance = 15, -22.5, 0.75
-        self.camera.lookat[:] = -0.15, 0.65, 0.25
+        for name, value in self.view.items():
+            setattr(self.camera, name, value)
 
-    def ingredients(self):
-        """Everything of this side that decides what an image looks like, for the demonstrations' cache."""
-        import metaworld, mujoco
+    def describe(self):
+        """All that decides what an image looks like, for config.json and for the demonstrations' cache."""
         from OpenGL import GL
-        from importlib.metadata import version
-        return {"camera": [15, -22.5, 0.75, -0.15, 0.65, 0.25], "gl": os.environ.get("MUJOCO_GL", "default"),
-                "renderer": GL.glGetString(GL.GL_RENDERER).decode(), "metaworld": version("metaworld"),
-                "mujoco": mujoco.__version__}
+        return {"renderer": GL.glGetString(GL.GL_RENDERER).decode(), "camera": self.view,
+                "gl": os.environ.get("MUJOCO_GL", "default"), "quality": "no shadows, samples, reflections",
+                "mujoco": importlib.metadata.version("mujoco"),
+                "metaworld": importlib.metadata.version("metaworld")}
 
     def reset(self, seed):
         rng = np.random.default_rng(seed)
-        self.env.seed(int(rng.integers(2 ** 31)))                              # SHARP: reset(seed=...) would be ignored
+        self.env.seed(int(rng.integers(2 ** 31)))                    # SHARP: reset(seed=...) is ignored
         self.env.hand_init_pos = np.array([0.1, 0.5, 0.3]) + 0.02 * rng.standard_normal(3)
         self.env.reset()
         for _ in range(10):
@@ -846,10 +895,9 @@ class MetaWorld:
         return self.render()
 
     def step(self, action):
-        success = False
         for _ in range(self.repeat):
             self.observation, _, _, _, info = self.env.step(np.asarray(action, np.float32))
-            success = bool(info["success"])
+        success = bool(info["success"])
         return self.render(), float(success), False, False, success
 
     def render(self):
@@ -857,18 +905,20 @@ class MetaWorld:
         return self.renderer.render()
 
     def scripted_action(self):
-        return np.clip(self.policy.get_action(self.observation.copy()), -1, 1)  # SHARP: door-open's policy edits its input
+        """The scripted policy's action for the present state, clipped (4,)."""
+        observation = self.observation.copy()              # SHARP: door-open's policy edits its input
+        return np.clip(self.policy.get_action(observation), -1, 1)
 
     def close(self):
         self.renderer.close()
 
 
 class GymTask:
-    """Any Gymnasium environment with rgb_array rendering and a bounded Box of actions, which are mapped to [-1, 1]."""
+    """Any Gymnasium environment with rgb_array rendering and a bounded Box of actions, mapped to [-1, 1]."""
     terminates = True
 
     def __init__(self, cfg):
-        choose_gl()
+        choose_gl()                                                  # for those that are built on MuJoCo
         import gymnasium
         name = cfg.task.removeprefix("gym:")
         try:
@@ -876,23 +926,28 @@ class GymTask:
             self.env.reset(seed=0)
             self.env.render()
         except Exception as error:
-            near = difflib.get_close_matches(name, gymnasium.registry, 3, 0.4)
-            raise Trouble(f"Gymnasium cannot make {name!r} with rgb_array rendering ({error}); "
-                          + (f"near names: {', '.join(near)}" if near else "check its name and install what it needs")) from None
+            raise Trouble(f"Gymnasium cannot make {name!r} with rgb_array rendering ({error}); install what "
+                          f"it needs, or {nearest(name, sorted(gymnasium.registry))}") from None
         space = self.env.action_space
-        if not isinstance(space, gymnasium.spaces.Box) or space.shape is None or len(space.shape) != 1 or not space.is_bounded():
+        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
             raise Trouble(f"{name} has actions {space}; a one-dimensional bounded Box is needed")
-        self.low, self.high, self.action_size = space.low, space.high, space.shape[0]
+        self.space, self.action_size = space, space.shape[0]
         self.repeat, self.size, self.success_reward = cfg.action_repeat, cfg.image_size, cfg.success_reward
+
+    def describe(self):
+        import gymnasium
+        return {"gymnasium": gymnasium.__version__}
 
     def reset(self, seed):
         self.env.reset(seed=int(np.random.default_rng(seed).integers(2 ** 31)))
         return self.render()
 
     def step(self, action):
-        total, success, scaled = 0.0, False, self.low + (np.asarray(action) + 1) / 2 * (self.high - self.low)
+        low, high = self.space.low, self.space.high
+        scaled = (low + (np.asarray(action) + 1) / 2 * (high - low)).astype(self.space.dtype)
+        total, success = 0.0, False
         for _ in range(self.repeat):
-            _, reward, terminal, truncated, info = self.env.step(scaled.astype(self.env.action_space.dtype))
+            _, reward, terminal, truncated, info = self.env.step(scaled)
             total += float(reward)
             success |= bool(info.get("success", info.get("is_success", reward >= self.success_reward)))
             if terminal or truncated:
@@ -901,7 +956,8 @@ class GymTask:
 
     def render(self):
         from PIL import Image
-        return np.array(Image.fromarray(self.env.render()).resize((self.size, self.size), Image.Resampling.BOX))
+        image = Image.fromarray(self.env.render())
+        return np.array(image.resize((self.size, self.size), Image.Resampling.BOX))
 
     def close(self):
         self.env.close()
@@ -916,16 +972,32 @@ def episode_seed(cfg, stream, index):
     return [cfg.seed, {"demos": 0, "online": 1, "evaluation": 2}[stream], index]
 
 
-def collect_demos(cfg, env):
-    """Scripted demonstrations, successful ones only; returns their paths. Kept in a folder named after all that decides them.
+def demonstrate(cfg, env, seed):
+    """One scripted episode -> lists of image, action, reward, and whether it succeeded.
 
-    Noise is added to the clipped scripted action and the sum, clipped again, is executed and recorded. A demonstration
-    goes on for `demo_tail` steps after its first success: long enough to show that the reward lasts, not so long that the data is all
-    standing still. An interrupted collection continues where it was.
+    Noise is added to the clipped scripted action; the sum, clipped again, is executed and recorded. It goes
+    on for `demo_tail` steps after the first success: long enough to show that the reward lasts (where it
+    does), not so long that the data is all standing still.
+    """
+    rng, images, actions, rewards, after = np.random.default_rng(seed), [env.reset(seed)], [], [], 0
+    while len(actions) < cfg.episode_steps and after <= cfg.demo_tail:
+        a = np.clip(env.scripted_action() + cfg.demo_noise * rng.standard_normal(env.action_size), -1, 1)
+        image, reward, _, _, success = env.step(a)
+        images.append(image), actions.append(a), rewards.append(reward)
+        after += bool(success or after)
+        exit_if_asked()
+    return images, actions, rewards, after > 0
+
+
+def collect_demos(cfg, env):
+    """Successful scripted demonstrations; returns their paths, in a folder named after all that decides them.
+
+    The same ingredients find the same folder again, a changed one makes a new folder. A collection that was
+    interrupted continues. Raises Trouble where the scripted policy hardly ever succeeds.
     """
     if not hasattr(env, "scripted_action"):
         raise Trouble(f"{cfg.task} has no scripted policy; give your own episodes with --data DIR")
-    ingredients = env.ingredients() | {"numpy": np.__version__, "layout": 1} | {
+    ingredients = env.describe() | {"numpy": np.__version__, "layout": 1} | {
         name: getattr(cfg, name) for name in
         ("task", "seed", "demos", "demo_noise", "demo_tail", "image_size", "action_repeat", "episode_steps")}
     digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:12]
@@ -933,21 +1005,16 @@ def collect_demos(cfg, env):
     write_json(folder / "ingredients.json", ingredients)
     paths = sorted(folder.glob("attempt*.npz"))[:cfg.demos]
     attempt = int(paths[-1].stem[-4:]) + 1 if paths else 0
-    with tqdm(total=cfg.demos, initial=len(paths), desc="demonstrations", disable=len(paths) == cfg.demos) as bar:
+    complete = len(paths) == cfg.demos
+    with tqdm(total=cfg.demos, initial=len(paths), desc="demonstrations", disable=complete) as bar:
         while len(paths) < cfg.demos:
             if attempt >= 10 * cfg.demos + 20:
-                raise Trouble(f"only {len(paths)} of {attempt} scripted attempts at {cfg.task} succeeded within "
+                raise Trouble(f"only {len(paths)} of {attempt} scripted attempts at {cfg.task} succeeded in "
                               f"{cfg.episode_steps} steps; raise --episode-steps or lower --demo-noise")
-            rng = np.random.default_rng(episode_seed(cfg, "demos", attempt))
-            images, actions, rewards, successes = [env.reset(episode_seed(cfg, "demos", attempt))], [], [], []
-            while len(actions) < cfg.episode_steps and sum(np.cumsum(successes) > 0) <= cfg.demo_tail:
-                a = np.clip(env.scripted_action() + cfg.demo_noise * rng.standard_normal(env.action_size), -1, 1)
-                image, reward, _, _, success = env.step(a)
-                images.append(image), actions.append(a), rewards.append(reward), successes.append(success)
-                exit_if_asked()
-            if any(successes):
+            *episode, success = demonstrate(cfg, env, episode_seed(cfg, "demos", attempt))
+            if success:
                 paths.append(folder / f"attempt{attempt:04d}.npz")
-                save_episode(paths[-1], images, actions, rewards)
+                save_episode(paths[-1], *episode)
                 bar.update()
             attempt += 1
     return paths
@@ -964,9 +1031,9 @@ def offline_paths(cfg, env):
     return paths
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A run: its folder, its state, its checkpoint
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Stopped(Exception):
     """SIGINT or SIGTERM arrived; raised at the next step boundary."""
@@ -980,54 +1047,114 @@ def exit_if_asked():
         raise Stopped
 
 
-def listen():
-    """From now on Ctrl-C and SIGTERM wait for the next step boundary; a second one does not."""
+@contextlib.contextmanager
+def signals_wait():
+    """Inside, Ctrl-C and SIGTERM wait for the next step boundary; a second one does not."""
     def note(number, frame):
         if asked["signal"]:
-            signal.default_int_handler(number, frame)
+            raise KeyboardInterrupt
         asked["signal"] = number
-    signal.signal(signal.SIGINT, note)
-    signal.signal(signal.SIGTERM, note)
+    asked["signal"] = None
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-MAY_CHANGE = {"logdir", "device", "cache", "data", "online_episodes", "final_episodes", "save_every", "log_every"}
+MAY_CHANGE = {"logdir", "device", "cache", "data", "online_episodes", "eval_every", "eval_episodes",
+              "final_episodes", "save_every", "log_every"}           # between a run and its continuation
 
 
 class Run:
-    """One run: config, environment, agent, data, counters, metrics, and the checkpoint that holds or refers to all of it."""
+    """One run: config, environment, agent, data, counters, metrics, and the checkpoint that holds them."""
 
     def __init__(self, cfg, fresh_ok=True):
         self.cfg, self.dir = cfg, Path(cfg.logdir)
+        self.checkpoint_path = self.dir / "checkpoint.pt"
+        self.previous_path = self.dir / "checkpoint.previous.pt"
         self.state = {"updates": 0, "episodes": 0, "env_steps": 0, "seconds": {}, "scores": {}}
-        checkpoint = self.read_checkpoint()
-        if checkpoint is None and not fresh_ok:
-            raise Trouble(f"{self.dir} holds no checkpoint; train one with: python moto.py --task {cfg.task}")
+        self.pending, self.kept, self.board = [], None, None
+        checkpoint, started = self.read_checkpoint(), time.perf_counter()
         if checkpoint:
-            now, then = dataclasses.asdict(cfg), checkpoint["config"]
-            changed = [f"{name} ({then.get(name)!r} there, {now[name]!r} now)" for name in now
-                       if now[name] != then.get(name) and name not in MAY_CHANGE]
-            if changed:
-                raise Trouble(f"{self.dir} was made with another config: {'; '.join(changed)}; repeat its flags or choose "
-                              "another --logdir")
-        started = time.perf_counter()
+            self.compare_config(checkpoint["config"])
+        elif not fresh_ok:
+            raise Trouble(f"{self.dir} holds no checkpoint; train one with: python moto.py --task {cfg.task}")
         self.env = make_env(cfg)
         self.agent = Agent(cfg, self.env.action_size, self.env.terminates, cfg.device)
         self.rng = np.random.default_rng(cfg.seed)
         if checkpoint:
             self.restore(checkpoint)
         self.clock("start", started)
-        self.pending, self.frames = [], None
+
+    def clock(self, stage, started):
+        """Add the time since `started` to a stage's seconds."""
+        self.state["seconds"][stage] = self.state["seconds"].get(stage, 0) + time.perf_counter() - started
+
+    def compare_config(self, then):
+        """Raise Trouble, field by field, where the checkpoint's config differs from today's."""
+        changed = [f"{name} ({then.get(name)!r} there, {value!r} now)" for name, value in
+                   dataclasses.asdict(self.cfg).items() if value != then.get(name) and name not in MAY_CHANGE]
+        if changed:
+            raise Trouble(f"{self.dir} was made with another config: {'; '.join(changed)}; repeat its flags "
+                          "or choose another --logdir")
+
+    def save(self):
+        """Write the checkpoint beside the old one, then rename both: at each instant one is whole."""
+        checkpoint = {"config": dataclasses.asdict(self.cfg), "agent": self.agent.state_dict(),
+                      "state": self.state, "torch_rng": torch.get_rng_state(),
+                      "numpy_rng": json.dumps(self.rng.bit_generator.state)}
+        if self.agent.device.type == "cuda":
+            checkpoint["cuda_rng"] = torch.cuda.get_rng_state(self.agent.device)
+        fresh = self.dir / "checkpoint.new.pt"
+        write_atomically(fresh, lambda file: torch.save(checkpoint, file))
+        if self.checkpoint_path.exists():
+            os.replace(self.checkpoint_path, self.previous_path)
+        os.replace(fresh, self.checkpoint_path)
+
+    def read_checkpoint(self):
+        """The newest whole checkpoint, or None. Weights only: a stranger's file runs nothing."""
+        damaged = False
+        for path in (self.checkpoint_path, self.previous_path):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except FileNotFoundError:
+                continue
+            except Exception as error:
+                damaged = True
+                print(f"warning: {path} is damaged ({type(error).__name__}); trying the one before",
+                      file=sys.stderr)
+        if damaged:
+            raise Trouble(f"no checkpoint in {self.dir} can be read; choose another --logdir or remove it")
+
+    def restore(self, checkpoint):
+        """Set everything to where the checkpoint left it, and forget the metrics written after it."""
+        try:
+            self.agent.load_state_dict(checkpoint["agent"])
+            self.state = checkpoint["state"]
+            self.rng.bit_generator.state = json.loads(checkpoint["numpy_rng"])
+            torch.set_rng_state(checkpoint["torch_rng"])
+            if self.agent.device.type == "cuda" and "cuda_rng" in checkpoint:
+                torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.agent.device)
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise Trouble(f"the checkpoint in {self.dir} does not fit this program ({error}); use the "
+                          "moto.py in that folder or choose another --logdir") from None
+        metrics = self.dir / "metrics.jsonl"
+        if metrics.exists():
+            rows = [row for row in read_metrics(metrics) if row["updates"] <= self.state["updates"]]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            write_atomically(metrics, lambda file: file.write(text.encode()))
 
     def open_data(self):
         """Bring offline and, on resuming, online episodes into memory."""
-        cfg, started = self.cfg, time.perf_counter()
-        episodes = [load_episode(path, cfg.image_size, self.env.action_size) for path in offline_paths(cfg, self.env)]
+        cfg, started, shape = self.cfg, time.perf_counter(), (self.cfg.image_size, self.env.action_size)
+        episodes = [load_episode(path, *shape) for path in offline_paths(cfg, self.env)]
         if cfg.reward_head == "bernoulli" and not all(np.isin(e["reward"], (0, 1)).all() for e in episodes):
             raise Trouble("a reward in the offline data is neither 0 nor 1; use --reward-head normal")
         steps = sum(len(e["image"]) for e in episodes)
         if steps < cfg.length:
-            raise Trouble(f"the offline data has {steps} steps, fewer than one sequence; lower --length or add episodes")
-        shape = cfg.image_size, self.env.action_size
+            raise Trouble(f"the offline data has {steps} steps, fewer than one sequence; lower --length")
         self.offline = Replay(steps, *shape, True)
         self.online = Replay(cfg.online_episodes * (cfg.episode_steps + 1), *shape, False)
         for episode in episodes:
@@ -1039,154 +1166,117 @@ class Run:
     def episode_path(self, index):
         return self.dir / "episodes" / f"{index:05d}.npz"
 
-    def clock(self, stage, started):
-        self.state["seconds"][stage] = self.state["seconds"].get(stage, 0) + time.perf_counter() - started
-
-    @property
-    def checkpoint_path(self):
-        return self.dir / "checkpoint.pt"
-
-    def save(self):
-        """Write the checkpoint beside the old one, then rename both: at every instant one of them is whole."""
-        checkpoint = {"config": dataclasses.asdict(self.cfg), "agent": self.agent.state_dict(), "state": self.state,
-                      "torch_rng": torch.get_rng_state(), "numpy_rng": json.dumps(self.rng.bit_generator.state)}
-        if self.agent.device.type == "cuda":
-            checkpoint["cuda_rng"] = torch.cuda.get_rng_state(self.agent.device)
-        fresh = self.dir / "checkpoint.new.pt"
-        write_atomically(fresh, lambda file: torch.save(checkpoint, file))
-        if self.checkpoint_path.exists():
-            os.replace(self.checkpoint_path, self.dir / "checkpoint.previous.pt")
-        os.replace(fresh, self.checkpoint_path)
-
-    def read_checkpoint(self):
-        """The newest whole checkpoint of the folder, or None. Weights only: a stranger's file cannot run code."""
-        for path in (self.checkpoint_path, self.dir / "checkpoint.previous.pt"):
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True)
-            except FileNotFoundError:
-                continue
-            except Exception as error:
-                print(f"warning: {path} is damaged ({type(error).__name__}); trying the one before", file=sys.stderr)
-        if self.checkpoint_path.exists():
-            raise Trouble(f"no checkpoint in {self.dir} can be read; choose another --logdir or remove that folder")
-
-    def restore(self, checkpoint):
-        try:
-            self.agent.load_state_dict(checkpoint["agent"])
-            self.state = checkpoint["state"]
-            self.rng.bit_generator.state = json.loads(checkpoint["numpy_rng"])
-            torch.set_rng_state(checkpoint["torch_rng"])
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise Trouble(f"the checkpoint in {self.dir} does not fit this program ({error}); use the moto.py in that folder "
-                          "or choose another --logdir") from None
-        if self.agent.device.type == "cuda" and "cuda_rng" in checkpoint:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.agent.device)
-        metrics = self.dir / "metrics.jsonl"
-        if metrics.exists():                                                   # forget lines from after the checkpoint
-            rows = [row for row in read_metrics(metrics) if row["updates"] <= self.state["updates"]]
-            write_atomically(metrics, lambda file: file.write("".join(json.dumps(row) + "\n" for row in rows).encode()))
-
     def describe(self):
         """Write config.json (config, versions, device, git state) and a copy of this file."""
-        git = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout
-        commit = git("rev-parse", "HEAD").strip() if shutil.which("git") else ""
-        from importlib.metadata import version, PackageNotFoundError
+        def git(*words):
+            folder = Path(__file__).parent
+            return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True).stdout.strip()
+        commit = git("rev-parse", "HEAD") if shutil.which("git") else ""
         versions = {"python": platform.python_version()}
         for name in ("torch", "numpy", "mujoco", "metaworld", "gymnasium"):
-            try:
-                versions[name] = version(name)
-            except PackageNotFoundError:
-                pass
-        device = torch.cuda.get_device_name() if self.agent.device.type == "cuda" else \
-            f"{os.cpu_count()} CPU cores, {platform.machine()}"
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[name] = importlib.metadata.version(name)
+        device = f"{os.cpu_count()} CPU cores, {platform.machine()}"
+        if self.agent.device.type == "cuda":
+            device = torch.cuda.get_device_name(self.agent.device)
         write_json(self.dir / "config.json", {
             "config": dataclasses.asdict(self.cfg), "versions": versions, "device": device,
-            "gl": os.environ.get("MUJOCO_GL"), "git": {"commit": commit, "dirty": bool(git("status", "--porcelain"))} if commit else None})
+            "environment": self.env.describe(),
+            "git": {"commit": commit, "dirty": bool(git("status", "--porcelain"))} if commit else None})
         write_atomically(self.dir / "moto.py", lambda file: file.write(Path(__file__).read_bytes()))
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(self.dir)
 
     def log(self, row):
         """Append a line to metrics.jsonl (and TensorBoard, where it is installed)."""
-        row = {"updates": self.state["updates"], "env_steps": self.state["env_steps"],
-               "seconds": round(sum(self.state["seconds"].values()), 2)} | row
+        counters = {name: self.state[name] for name in ("updates", "env_steps")}
+        row = counters | {"seconds": round(sum(self.state["seconds"].values()), 2)} | row
         try:
             with open(self.dir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise Trouble(f"cannot write {self.dir}/metrics.jsonl ({error}); free some disk space and repeat the command") from None
-        if not hasattr(self, "board"):
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(self.dir)
-            except ImportError:
-                self.board = None
+            raise Trouble(f"cannot write {self.dir}/metrics.jsonl ({error}); free some disk space and repeat "
+                          "the command: it continues from the last checkpoint") from None
         for name, value in row.items() if self.board else ():
             if isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, self.state["updates"])
 
     def update(self, bar, stage):
         """The one update of both phases: sample, learn, count, log, save, and stop here if asked."""
-        started = time.perf_counter()
+        cfg, started, n = self.cfg, time.perf_counter(), self.state["updates"] + 1
         try:
-            metrics = self.agent.update(sample_batch(self.cfg, self.rng, self.offline, self.online))
+            metrics = self.agent.update(sample_batch(cfg, self.rng, self.offline, self.online))
         except FloatingPointError as error:
-            raise Trouble(f"{error} at update {self.state['updates'] + 1}; lower the learning rates (--model-lr, --actor-lr, --critic-lr) "
-                          "or use --precision float32: the last good checkpoint is kept, in " + str(self.dir)) from None
-        self.state["updates"] += 1
+            raise Trouble(f"{error} at update {n}; lower --model-lr, --actor-lr and --critic-lr or use "
+                          f"--precision float32: the last good checkpoint is kept, in {self.dir}") from None
+        self.state["updates"] = n
         self.clock(stage, started)
         self.pending.append(metrics)
-        if self.state["updates"] % self.cfg.log_every == 0:
+        if n % cfg.log_every == 0:
             self.log({name: sum(m[name] for m in self.pending) / len(self.pending) for name in metrics})
-            bar.set_postfix_str(f"image {metrics['model/image']:.0f}, behaviour {metrics['actor/behaviour_nll']:.2f}")
+            shown = "model/image", "model/reward", "actor/behaviour_nll"
+            bar.set_postfix({name.split("/")[1]: f"{metrics[name]:.3g}" for name in shown})
             self.pending = []
-        if self.state["updates"] % self.cfg.save_every == 0:
+        if n % cfg.save_every == 0:
             self.save()
         bar.update()
         exit_if_asked()
 
-    def score(self, name, episodes, stage, first=0):
-        """Evaluate once under this name (a resumed run does not repeat it), log it, return the result."""
-        if name not in self.state["scores"]:
+    def score(self, name, episodes):
+        """Evaluate once under this name (a resumed run does not repeat it) and log the result."""
+        if self.state["scores"].get(name, {}).get("episodes") != episodes:
             started = time.perf_counter()
-            result, self.frames = evaluate(self.cfg, self.env, self.agent, episodes, first)
-            self.clock(stage, started)
+            result, self.kept = evaluate(self.cfg, self.env, self.agent, episodes)
+            self.clock("evaluation", started)
             self.state["scores"][name] = result
-            self.log({"evaluation": name, **{f"evaluation/{key}": value for key, value in result.items()}})
-        return self.state["scores"][name]
+            self.log({"evaluation": name} | {f"evaluation/{key}": value for key, value in result.items()})
+
+    def score_on_the_way(self):
+        n = self.state["updates"]
+        if n % self.cfg.eval_every == 0 and n not in (0, self.cfg.offline_updates):
+            self.score(f"update {n}", self.cfg.eval_episodes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The two loops, and evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def pretrain(run):
     """Offline: updates on the static data alone. Ends with the offline score."""
-    cfg = run.cfg
-    with tqdm(total=cfg.offline_updates, initial=min(run.state["updates"], cfg.offline_updates), desc="offline") as bar:
+    cfg, done = run.cfg, run.state["updates"]
+    with tqdm(total=cfg.offline_updates, initial=min(done, cfg.offline_updates), desc="offline") as bar:
         while run.state["updates"] < cfg.offline_updates:
+            run.score_on_the_way()
             run.update(bar, "offline")
-            if run.state["updates"] % cfg.eval_every == 0 and run.state["updates"] < cfg.offline_updates:
-                run.score(f"update {run.state['updates']}", cfg.eval_episodes, "evaluation")
-    run.score("offline", cfg.final_episodes, "evaluation")
-    run.save()
+    if run.state["updates"] == cfg.offline_updates:
+        run.score("offline", cfg.final_episodes)
+        run.save()
 
 
 def finetune(run):
-    """Online: one episode with the sampled policy, then U updates on old and new data together; again. Ends with the final score."""
+    """Online: one episode with the sampled policy, then U updates on old and new data together; again.
+
+    Ends with the final score, which is the offline score where there are no online episodes.
+    """
     cfg, state = run.cfg, run.state
-    total = cfg.offline_updates + cfg.online_episodes * cfg.updates_per_episode
-    with tqdm(total=total - cfg.offline_updates, initial=state["updates"] - cfg.offline_updates, desc="online") as bar:
-        while state["updates"] < total:
+    total = cfg.online_episodes * cfg.updates_per_episode
+    done = state["updates"] - cfg.offline_updates
+    with tqdm(total=total, initial=done, desc="online", disable=not total) as bar:
+        while state["updates"] < cfg.offline_updates + total:
+            state["scores"].pop("final", None)                                 # of a run that was shorter
+            run.score_on_the_way()
             if state["updates"] == cfg.offline_updates + state["episodes"] * cfg.updates_per_episode:
                 collect_online(run)
             run.update(bar, "online")
-            if state["updates"] % cfg.eval_every == 0 and state["updates"] < total:
-                run.score(f"update {state['updates']}", cfg.eval_episodes, "evaluation")
-    run.score("final", cfg.final_episodes, "evaluation") if cfg.online_episodes else state["scores"].update(final=state["scores"]["offline"])
+    if state["updates"] == cfg.offline_updates:
+        state["scores"]["final"] = state["scores"]["offline"]
+    run.score("final", cfg.final_episodes)
     run.save()
 
 
-def rollout(cfg, env, agent, seed, generator=None, bar=None):
-    """One episode -> dict of image, action, reward, terminal as on disk, and success (any step). Stops at the time limit."""
+def rollout(cfg, env, agent, seed, generator=None):
+    """One episode -> dict of image, action, reward, terminal as on disk, and success (at any step)."""
     image, carried = env.reset(seed), None
     episode = {"image": [image], "action": [], "reward": [], "terminal": False, "success": False}
     for _ in range(cfg.episode_steps):
@@ -1195,52 +1285,52 @@ def rollout(cfg, env, agent, seed, generator=None, bar=None):
         episode["image"].append(image), episode["action"].append(a), episode["reward"].append(reward)
         episode["success"] |= success
         exit_if_asked()
-        if over:                                                               # SHARP: over without terminal is a time limit
+        if over:                                                     # SHARP: over, not terminal: time limit
             break
     return episode
 
 
 def collect_online(run):
-    """Act with noise from a generator of the episode's own, so that an episode cut short is repeated exactly."""
+    """Act with noise from a generator of the episode's own, so that one cut short is repeated exactly."""
     started, index = time.perf_counter(), run.state["episodes"]
     generator = torch.Generator().manual_seed(run.cfg.seed * 1_000_003 + index)
     episode = rollout(run.cfg, run.env, run.agent, episode_seed(run.cfg, "online", index), generator)
     success = episode.pop("success")
     save_episode(run.episode_path(index), **episode)
-    run.online.add(load_episode(run.episode_path(index), run.cfg.image_size))
+    run.online.add(load_episode(run.episode_path(index), run.cfg.image_size, run.env.action_size))
     run.state["episodes"] += 1
     run.state["env_steps"] += len(episode["action"])
     run.clock("acting", started)
-    run.log({"episode": index, "episode/success": float(success), "episode/return": float(sum(episode["reward"]))})
+    run.log({"episode": index, "episode/success": float(success), "episode/return": sum(episode["reward"])})
 
 
 def evaluate(cfg, env, agent, episodes, first=0):
-    """Mean-action episodes from the evaluation stream -> ({success, return, value, episodes}, the first four episodes).
+    """Mean-action episodes from the evaluation stream -> (result, the first four episodes).
 
-    A success is any successful step. `return` is the discounted sum of real rewards from the start, in units of
-    1/(1 - gamma).
+    result: `success`, the share of episodes with any successful step; `return`, the discounted sum of rewards
+    up to the time limit, and `promise`, what the critics expected of it at the first image (they also count
+    what would come after the time limit), both in units of 1 / (1 - gamma); `episodes`.
     """
-    successes, returns, kept = [], [], []
+    rows, kept = [], []
     for index in tqdm(range(first, first + episodes), desc="evaluation", leave=False):
         episode = rollout(cfg, env, agent, episode_seed(cfg, "evaluation", index))
-        successes.append(episode["success"])
-        returns.append((1 - cfg.gamma) * sum(cfg.gamma ** t * r for t, r in enumerate(episode["reward"])))
+        discounted = (1 - cfg.gamma) * sum(cfg.gamma ** t * r for t, r in enumerate(episode["reward"]))
+        rows.append((episode["success"], discounted, agent.promise(episode["image"][0])))
         kept = (kept + [episode])[:4]
-    return {"success": float(np.mean(successes)), "return": float(np.mean(returns)), "episodes": episodes}, kept
+    success, discounted, promise = np.mean(rows, 0).tolist()
+    return {"success": success, "return": discounted, "promise": promise, "episodes": episodes}, kept
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pictures
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def read_metrics(path):
     """The lines of a metrics.jsonl as dicts; a half-written last line is left out."""
     rows = []
     for line in Path(path).read_text().splitlines():
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            pass
     return rows
 
 
@@ -1249,220 +1339,255 @@ def to_uint8(x):
     return ((x.float() + 0.5).clamp(0, 1) * 255).round().byte().movedim(-3, -1).cpu().numpy()
 
 
-def tensors(agent, episode):
+def as_sequence(agent, episode):
     """An episode as one sequence for WorldModel.observe: x (1, T, 3, P, P), a (1, T, A), first (1, T)."""
     image = torch.as_tensor(np.stack(episode["image"]), device=agent.device)
-    a = torch.as_tensor(np.stack([np.zeros_like(episode["action"][0]), *episode["action"]]), device=agent.device)[None]
-    return to_image(image)[None], a, torch.arange(len(image), device=agent.device)[None] == 0
+    a = np.stack([np.zeros_like(episode["action"][0]), *episode["action"]])
+    first = torch.arange(len(image), device=agent.device)[None] == 0
+    return to_image(image)[None], torch.as_tensor(a, device=agent.device)[None], first
 
 
 @torch.no_grad()
-def open_loop(agent, episode, context=5, steps=40):
-    """Filter `context` images, then predict `steps` more from the actions alone -> (truth, prediction) uint8 (T, P, P, 3), u (T,).
+def open_loop(agent, episode, seen, steps):
+    """Filter the first `seen` images, then predict `steps` more from the actions alone.
 
-    Each head's mean is carried on: z is the mean of the K predicted means. u is the heads' disagreement, zero in the context.
+    Returns truth and model's images, uint8 (T, P, P, 3), disagreement u (T,) in units of its mean on the data
+    (zero where images are seen) and predicted reward (T,). In each step z is the mean of the K means.
     """
-    model, (x, a, first) = agent.model, tensors(agent, episode)
-    T = min(context + steps, x.shape[1])
-    h, z, *_ = (v[0] for v in model.observe(x[:, :context], a[:, :context], first[:, :context]))
-    feats, u = [torch.cat([h, z], -1)], [torch.zeros(context)]
+    model, (x, a, first) = agent.model, as_sequence(agent, episode)
+    T = min(seen + steps, x.shape[1])
+    h, z, *_ = (v[0] for v in model.observe(x[:, :seen], a[:, :seen], first[:, :seen]))
+    feats, u = [torch.cat([h, z], -1)], [torch.zeros(seen)]
     h, z = h[-1:], z[-1:]
-    for t in range(context, T):
+    for t in range(seen, T):
         h = model.recurrence(h, z, a[:, t])
         means, _ = model.prior(h)
         z = means.mean(0)
-        feats.append(torch.cat([h, z], -1)), u.append(disagreement(means).cpu())
-    return to_uint8(x[0, :T]), to_uint8(model.decoder(torch.cat(feats))), torch.cat(u).numpy()
+        feats.append(torch.cat([h, z], -1)), u.append((disagreement(means) / model.typical_u).cpu())
+    feats = torch.cat(feats)
+    reward = model.expected_reward(feats).cpu().numpy()
+    return to_uint8(x[0, :T]), to_uint8(model.decoder(feats)), torch.cat(u).numpy(), reward
 
 
 def figure(width, height, *shape, **kwargs):
-    from matplotlib.figure import Figure                                       # no pyplot: no window, no global state
+    from matplotlib.figure import Figure                             # no pyplot: no window, no global state
     fig = Figure((width, height), layout="constrained")
     return fig, fig.subplots(*shape, **kwargs)
 
 
 def save_figure(fig, path):
-    write_atomically(path, lambda file: fig.savefig(file, format="png", dpi=110))
+    write_atomically(path, lambda file: fig.savefig(file, format="png", dpi=100))
 
 
-def draw_prediction(agent, episode, path, context=5):
-    """prediction.png: truth, open-loop prediction, error, and the ensemble's disagreement per step."""
-    truth, model, u = open_loop(agent, episode, context)
-    shown = [t for t in range(len(truth)) if t % 4 == 0]
-    error = np.abs(truth.astype(int) - model).mean(-1).astype(np.uint8)
-    fig, axes = figure(1.1 * len(shown), 5.2, 4, 1, height_ratios=[1, 1, 1, 1.3])
-    strip = lambda images: np.concatenate([images[t] for t in shown], 1)
-    for axis, name, image in zip(axes, ("truth", "model", "|error|"), (strip(truth), strip(model), strip(error))):
-        axis.imshow(image, cmap="magma", vmin=0, vmax=128)
-        axis.set(yticks=[], xticks=[], ylabel=name)
-    P = truth.shape[2]
-    axes[1].set_xticks([(i + .5) * P for i in range(len(shown))],
-                       [f"t={t}" + (" seen" if t < context else "") for t in shown], fontsize=7)
-    axes[3].plot(np.arange(context, len(u)), u[context:] / float(agent.model.typical_u), ".-", color="tab:red", label="disagreement u (1 = data)")
-    axes[3].plot(np.arange(len(u)), error.mean((1, 2)) / 8, color="tab:gray", label="pixel error / 8")
-    axes[3].axvspan(0, context - 0.5, color="tab:blue", alpha=0.1)
-    axes[3].set(xlim=(0, len(u)), ylim=(0, None), xlabel=f"agent step; images are seen up to t={context - 1} (blue), then only actions")
-    axes[3].legend(fontsize=7, loc="upper left")
-    axes[0].set_title("Open-loop video prediction on an evaluation episode", fontsize=9)
+def draw_prediction(agent, episode, path, steps=44, every=4):
+    """prediction.png: truth, open-loop prediction, error; disagreement and reward per step.
+
+    The window is placed so that the first success, if there is one, happens in the prediction.
+    """
+    rewards, L = np.array([0, *episode["reward"]]), len(episode["reward"])
+    success = int(rewards.argmax()) if rewards.any() else L
+    seen = int(np.clip(success - 2 * steps // 3, min(5, L), max(L - steps, min(5, L))))
+    truth, model, u, reward = open_loop(agent, episode, seen, steps)
+    shown = np.arange(max(seen - 5, 0), len(truth), every)
+    error = np.abs(truth.astype(int) - model).mean(-1)
+    fig, axes = figure(1.05 * len(shown) + 1, 6.2, 4, 1, height_ratios=[1, 1, 1, 1.7], sharex=True)
+    extent = shown[0] - every / 2, shown[-1] + every / 2, 0, 1
+    for axis, name, images in zip(axes, ("truth", "model", "|error|"), (truth, model, error)):
+        axis.imshow(np.concatenate(images[shown], 1), "magma", vmin=0, vmax=128, extent=extent, aspect="auto")
+        axis.axvline(seen - 0.5, color="white", lw=2)
+        axis.set(yticks=[], ylabel=name)
+    t = np.arange(shown[0], len(truth))
+    axes[3].plot(t, rewards[t], color="black", label="true reward")
+    axes[3].plot(t, reward[t], color="tab:green", label="model's reward")
+    t = t[t >= seen]
+    axes[3].plot(t, u[t], ".-", color="tab:red", label="disagreement u (1: its mean on the data)")
+    axes[3].axvspan(extent[0], seen - 0.5, color="tab:blue", alpha=0.15, label="images are seen")
+    axes[3].set(xticks=shown, ylim=(0, None), xlabel="agent step (after the line the model sees no images)")
+    axes[3].legend(fontsize=8, loc="upper left")
+    axes[0].set_title("Open-loop video prediction of an episode it was not trained on", fontsize=10)
     save_figure(fig, path)
 
 
 @torch.no_grad()
 def write_gif(agent, episodes, path, fps=15):
-    """eval.gif: each episode above the model's reconstruction of it from the filtered latents."""
+    """eval.gif: episodes side by side, above the model's reconstructions from the filtered latents."""
     import imageio.v3 as imageio
     columns = []
     for episode in episodes:
-        x, a, first = tensors(agent, episode)
+        x, a, first = as_sequence(agent, episode)
         h, z, *_ = agent.model.observe(x, a, first)
-        rows = np.concatenate([to_uint8(x[0]), to_uint8(agent.model.decoder(torch.cat([h, z], -1)[0]))], 1)
-        columns.append(rows)
+        model = agent.model.decoder(torch.cat([h, z], -1)[0])
+        columns.append(np.concatenate([to_uint8(x[0]), to_uint8(model)], 1))
     longest = max(map(len, columns))
     columns = [np.concatenate([c, np.repeat(c[-1:], longest - len(c), 0)]) for c in columns]
-    frames = np.concatenate(columns, 2).repeat(2, 1).repeat(2, 2)
-    write_atomically(path, lambda file: file.write(imageio.imwrite("<bytes>", frames[::2], extension=".gif", duration=2000 / fps, loop=0)))
+    frames = np.concatenate(columns, 2)[::2].repeat(2, 1).repeat(2, 2)
+    gif = imageio.imwrite("<bytes>", frames, extension=".gif", duration=2000 / fps, loop=0)
+    write_atomically(path, lambda file: file.write(gif))
 
 
-def smooth(values, width=10):
-    """Running mean over the last `width` values."""
+def running_mean(values, width=10):
     return [np.mean(values[max(0, i + 1 - width):i + 1]) for i in range(len(values))]
 
 
 def draw_curve(cfg, rows, path):
-    """curve.png of one run: success, losses, and what the agent hopes for against what it gets."""
-    fig, (top, middle, bottom) = figure(7, 8, 3, 1, sharex=True)
-    column = lambda name: zip(*[(row["updates"], row[name]) for row in rows if name in row]) if any(name in row for row in rows) else ((), ())
-    for axis in (top, middle, bottom):
+    """curve.png of one run: success, what the agent hopes for against what it gets, and the losses."""
+    def column(name):
+        return np.array([(row["updates"], row[name]) for row in rows if name in row]).reshape(-1, 2).T
+    fig, axes = figure(11, 7, 2, 2, sharex=True)
+    (success, value), (losses, policy) = axes
+    x, y = column("episode/success")
+    success.plot(x, running_mean(y), color="tab:orange", label="online episodes (sampled; mean of last 10)")
+    success.plot(*column("evaluation/success"), "o-", color="tab:blue", label="evaluation (mean action)")
+    success.set(ylabel="success rate", ylim=(-0.03, 1.03))
+    value.plot(*column("evaluation/return"), "o-", color="tab:blue", label="real return from the start")
+    if cfg.value_weight:
+        value.plot(*column("evaluation/promise"), "s--", color="tab:red", label="what the critics promised")
+        value.plot(*column("actor/value"), color="tab:purple", label="imagined value of the data's states, V")
+        value.plot(*column("imagined/reward"), color="tab:green", alpha=0.5, label="imagined reward per step")
+    value.set(ylabel="in units of 1 / (1 - gamma)")
+    for name in ("image", "kl", "reward", "continuation"):
+        if column(f"model/{name}").size:
+            losses.plot(*column(f"model/{name}"), label=name)
+    losses.set(yscale="log", ylabel="world model's losses (nats per step)", xlabel="updates")
+    policy.plot(*column("actor/behaviour_nll"), color="tab:brown", label="-ln pi(demonstrated action), Eq 13")
+    if cfg.value_weight:
+        policy.plot(*column("actor/entropy"), color="tab:cyan", label="policy's entropy")
+    policy.set(ylabel="nats per action", xlabel="updates")
+    for axis in axes.flat:
         axis.axvline(cfg.offline_updates, color="black", lw=0.8, ls=":")
         axis.grid(alpha=0.3)
-    x, y = map(list, column("episode/success"))
-    top.plot(x, smooth(y), color="tab:orange", label="online episodes (sampled actions, mean of last 10)")
-    x, y = map(list, column("evaluation/success"))
-    top.plot(x, y, "o-", color="tab:blue", label="evaluation (mean action, fresh episodes)")
-    top.set(ylabel="success rate", ylim=(-0.03, 1.03), title=f"{cfg.task}, {cfg.variant}, seed {cfg.seed}  (left of the dotted line: offline)")
-    for name in ("model/image", "model/reward", "model/kl", "actor/behaviour_nll"):
-        x, y = map(np.array, column(name))
-        middle.plot(x, y - min(0, y.min()) + 1e-3 if len(y) else y, label=name.split("/")[1])
-    middle.set(yscale="log", ylabel="losses (nats)")
-    for name, label in (("actor/value", "imagined value of the data's states"), ("imagined/reward", "imagined reward per step")):
-        bottom.plot(*column(name), label=label)
-    bottom.plot(*column("evaluation/return"), "o-", color="tab:blue", label="real return from the start")
-    bottom.set(ylabel="in units of 1/(1-gamma)", xlabel="updates")
-    for axis in (top, middle, bottom):
         axis.legend(fontsize=7)
+    fig.suptitle(f"{cfg.task}, {cfg.variant}, seed {cfg.seed} (dotted line: the first online episode)")
     save_figure(fig, path)
 
 
-def plot(logdirs, path="curves.png"):
-    """Success over updates of many runs: one panel a task, one line a variant, mean and spread (min to max) over seeds."""
-    runs = {}
+def plot(logdirs):
+    """--plot: success over updates: a panel per task, a line per variant, mean and range over seeds.
+
+    Writes curves.png into the folder that holds the runs. Raises Trouble on a folder that is no run.
+    """
+    tasks = {}
     for logdir in map(Path, logdirs):
         try:
             config = json.loads((logdir / "config.json").read_text())["config"]
-            rows = [(r["updates"], r["evaluation/success"]) for r in read_metrics(logdir / "metrics.jsonl") if "evaluation" in r]
-        except (OSError, ValueError, KeyError) as error:
-            raise Trouble(f"{logdir} is no run folder ({error}); --plot takes folders with config.json and metrics.jsonl") from None
-        runs.setdefault(config["task"], {}).setdefault(config["variant"], []).append((config, rows))
-    fig, axes = figure(5.5 * len(runs), 4, 1, len(runs), squeeze=False)
-    for axis, (task, variants) in zip(axes[0], sorted(runs.items())):
+            rows = [row for row in read_metrics(logdir / "metrics.jsonl") if "evaluation" in row]
+            rows = {row["updates"]: row["evaluation/success"] for row in rows}
+            tasks.setdefault(config["task"], {}).setdefault(config["variant"], []).append((config, rows))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise Trouble(f"{logdir} is no run folder ({error}); --plot takes folders with config.json and "
+                          "metrics.jsonl") from None
+    fig, axes = figure(5.5 * len(tasks), 4, 1, len(tasks), squeeze=False)
+    for axis, (task, variants) in zip(axes[0], sorted(tasks.items())):
         for variant, members in sorted(variants.items()):
-            common = sorted(set.intersection(*[{u for u, _ in rows} for _, rows in members]))
-            if not common:
-                continue
-            y = np.array([[dict(rows)[u] for u in common] for _, rows in members])
-            line, = axis.plot(common, y.mean(0), "o-", label=f"{variant} ({len(members)} seed{'s' * (len(members) > 1)})")
+            common = sorted(set.intersection(*[set(rows) for _, rows in members]))
+            y = np.array([[rows[n] for n in common] for _, rows in members])
+            label = f"{variant} ({len(members)} seed{'s' * (len(members) > 1)})"
+            line, = axis.plot(common, y.mean(0), "o-", label=label)
             axis.fill_between(common, y.min(0), y.max(0), color=line.get_color(), alpha=0.2)
-        axis.axvline(members[0][0]["offline_updates"], color="black", lw=0.8, ls=":")
-        axis.set(title=task, xlabel="updates (dotted: going online)", ylabel="success rate", ylim=(-0.03, 1.03))
+            for n in {config["offline_updates"] for config, _ in members if config["online_episodes"]}:
+                axis.axvline(n, color=line.get_color(), lw=0.8, ls=":")
+        axis.set(title=task, xlabel="updates (dotted: the first online episode)", ylabel="success rate",
+                 ylim=(-0.03, 1.03))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
+    path = Path(os.path.commonpath([Path(logdir).resolve().parent for logdir in logdirs])) / "curves.png"
     save_figure(fig, path)
     print(f"wrote {path}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def parse(argv):
-    """Flags -> (Config, parsed namespace). Later wins: defaults, preset, variant, explicit flags."""
-    parser = argparse.ArgumentParser(prog="moto.py", allow_abbrev=False, description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     epilog=f"Variants: {', '.join(VARIANTS)}. Presets change defaults: " + "; ".join(
-                                         f"{name}: {values}" for name, values in PRESETS.items() if values))
-    parser.add_argument("--evaluate", metavar="LOGDIR", default=argparse.SUPPRESS, help="score a checkpoint and write a GIF")
-    parser.add_argument("--episodes", type=int, default=argparse.SUPPRESS, help="with --evaluate: how many")
-    parser.add_argument("--plot", metavar="LOGDIR", nargs="+", default=argparse.SUPPRESS, help="draw curves.png from runs")
-    defaults = Config()
+    """Flags -> (Config, dict of the other commands). Later wins: defaults, preset, variant, flags."""
+    presets = "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in changes.items())}"
+                        for name, changes in PRESETS.items() if changes)
+    parser = argparse.ArgumentParser(
+        prog="moto.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        usage="moto.py [--FLAG VALUE ...] | --evaluate LOGDIR [--episodes N] | --plot LOGDIR ...",
+        description=__doc__.split("\n\n")[0], epilog="Defaults are those of the preset laptop. Others: "
+        f"{presets}. Variants: {', '.join(VARIANTS)}.")
+    parser.add_argument("--evaluate", metavar="LOGDIR", help="score a checkpoint on new episodes, draw a GIF")
+    parser.add_argument("--episodes", type=int, metavar="N", help="with --evaluate: how many episodes")
+    parser.add_argument("--plot", metavar="LOGDIR", nargs="+", help="draw curves.png from one or many runs")
     for f in dataclasses.fields(Config):
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, default=argparse.SUPPRESS, metavar=f.type.__name__.upper(),
-                            help=f.metadata["help"].replace("%", "%%") + f" (default: {getattr(defaults, f.name)!r})")
+        text = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
+        flag, kind = f"--{f.name.replace('_', '-')}", f.type.__name__.upper()
+        parser.add_argument(flag, type=f.type, metavar=kind, help=text)
     given = vars(parser.parse_args(argv))
     commands = {name: given.pop(name) for name in ("evaluate", "episodes", "plot") if name in given}
+    if commands.get("episodes", 1) < 1:
+        raise Trouble(f"--episodes is {commands['episodes']} but must be at least 1")
     return build_config(**given), commands
 
 
 def build_config(**given):
-    """Config from explicit values: defaults, then the preset's, then the variant's, then these. Raises Trouble."""
-    for name, known in (("preset", [*PRESETS, "auto"]), ("variant", VARIANTS)):
-        if given.get(name, "moto" if name == "variant" else "auto") not in known:
-            near = difflib.get_close_matches(given[name], known, 1)
-            raise Trouble(f"unknown {name} {given[name]!r}; {'did you mean ' + near[0] + '?' if near else 'choose one of ' + ', '.join(known)}")
+    """Config from explicit values over the variant's over the preset's over the defaults. Raises Trouble."""
+    for name, known in (("preset", [*PRESETS, "auto"]), ("variant", [*VARIANTS])):
+        if given.setdefault(name, known[-1] if name == "preset" else known[0]) not in known:
+            raise Trouble(f"unknown {name} {given[name]!r}; {nearest(given[name], known)}")
     if given.get("device", "auto") == "auto":
         given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    if given.get("preset", "auto") == "auto":
+    if given["preset"] == "auto":
         given["preset"] = "paper" if given["device"].startswith("cuda") else "laptop"
-    cfg = Config(**(PRESETS[given["preset"]] | VARIANTS[given.get("variant", "moto")] | given))
+    cfg = Config(**(PRESETS[given["preset"]] | VARIANTS[given["variant"]] | given))
     if cfg.precision == "auto":
-        cpu_has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-        cfg.precision = "bfloat16" if cfg.device.startswith("cuda") or cpu_has_bf16 else "float32"
+        cpu_has_it = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        cfg.precision = "bfloat16" if cfg.device.startswith("cuda") or cpu_has_it else "float32"
     if cfg.reward_head == "auto":
         cfg.reward_head = "normal" if cfg.task.startswith("gym:") else "bernoulli"
-    cfg.logdir = cfg.logdir or f"runs/{cfg.task.replace(':', '-').replace('/', '-')}-{cfg.variant}-seed{cfg.seed}"
+    name = cfg.task.replace(":", "-").replace("/", "-")
+    cfg.logdir = cfg.logdir or f"runs/{name}-{cfg.variant}-seed{cfg.seed}"
     check_config(cfg)
     return cfg
 
 
+AT_LEAST = {0: ("seed", "demo_noise", "demo_tail", "free_nats", "kl_scale", "reward_scale", "repr_weight",
+                "alpha", "beta", "eta", "real_weight", "value_weight", "offline_updates", "online_episodes"),
+            1: ("action_repeat", "episode_steps", "demos", "batch", "channels", "deter", "stoch", "hidden",
+                "ensemble", "horizon", "updates_per_episode", "eval_every", "eval_episodes", "final_episodes",
+                "log_every", "save_every"),
+            2: ("length",)}
+SHARES = ("gamma", "lam", "kl_balance", "offline_fraction", "target_rate", "decode")
+POSITIVE = ("model_lr", "actor_lr", "critic_lr", "grad_clip", "decode")
+
+
 def check_config(cfg):
-    """Raise Trouble on values that cannot work, naming the flag."""
-    at_least = {1: ("action_repeat", "episode_steps", "demos", "batch", "channels", "deter", "stoch", "hidden", "ensemble",
-                    "updates_per_episode", "eval_every", "eval_episodes", "final_episodes", "log_every", "save_every"),
-                2: ("length",), 0: ("seed", "demo_noise", "demo_tail", "free_nats", "kl_scale", "reward_scale", "repr_weight", "alpha",
-                    "beta", "eta", "real_weight", "value_weight", "offline_updates", "online_episodes", "horizon")}
-    bad = [(name, f"at least {least}") for least, names in at_least.items() for name in names if not getattr(cfg, name) >= least]
-    bad += [(name, "between 0 and 1") for name in ("gamma", "lam", "kl_balance", "offline_fraction", "target_rate", "decode")
-            if not 0 <= getattr(cfg, name) <= 1]
-    bad += [(name, "positive") for name in ("model_lr", "actor_lr", "critic_lr", "grad_clip", "decode") if not getattr(cfg, name) > 0]
-    bad += [(name, "finite") for name, value in dataclasses.asdict(cfg).items() if isinstance(value, float) and not math.isfinite(value)]
-    if cfg.gamma == 1:
-        bad.append(("gamma", "below 1: values are in units of 1 / (1 - gamma)"))
-    if cfg.image_size < 16 or cfg.image_size % 16:
-        bad.append(("image_size", "a multiple of 16"))
-    for name, known in (("precision", ("float32", "bfloat16")), ("reward_head", ("bernoulli", "normal"))):
-        if getattr(cfg, name) not in known:
-            bad.append((name, f"auto, {known[0]} or {known[1]}"))
-    for name, rule in bad[:1]:
-        raise Trouble(f"--{name.replace('_', '-')} is {getattr(cfg, name)!r} but must be {rule}")
+    """Raise Trouble on a value that cannot work, naming the flag."""
+    rules = [(name, getattr(cfg, name) >= least, f"at least {least}")
+             for least, names in AT_LEAST.items() for name in names]
+    rules += [(name, 0 <= getattr(cfg, name) <= 1, "between 0 and 1") for name in SHARES]
+    rules += [(name, getattr(cfg, name) > 0, "positive") for name in POSITIVE]
+    rules += [(name, not isinstance(value, float) or math.isfinite(value), "finite")
+              for name, value in dataclasses.asdict(cfg).items()]
+    rules += [("gamma", cfg.gamma < 1, "below 1: values are in units of 1 / (1 - gamma)"),
+              ("image_size", cfg.image_size >= 16 and cfg.image_size % 16 == 0, "a multiple of 16"),
+              ("precision", cfg.precision in ("float32", "bfloat16"), "auto, float32 or bfloat16"),
+              ("reward_head", cfg.reward_head in ("bernoulli", "normal"), "auto, bernoulli or normal")]
+    for name, fine, rule in rules:
+        if not fine:
+            raise Trouble(f"--{name.replace('_', '-')} is {getattr(cfg, name)!r} but must be {rule}")
     try:
         if torch.device(cfg.device).type == "cuda" and not torch.cuda.is_available():
-            raise Trouble("--device cuda: torch sees no GPU here; use --device cpu or install a CUDA build of torch")
+            raise Trouble("--device cuda: torch sees no GPU; use --device cpu or a CUDA build of torch")
     except RuntimeError:
         raise Trouble(f"--device {cfg.device} is not one that torch knows; use cpu or cuda") from None
 
 
 def train(cfg):
     """The main job: demonstrations, pretrain, finetune, pictures, result.json."""
-    started = time.perf_counter()
-    write_atomically(Path(cfg.logdir) / ".writable", lambda file: None)
-    (Path(cfg.logdir) / ".writable").unlink()
+    write_atomically(Path(cfg.logdir) / "checkpoint.new.pt", lambda file: None)       # a bad disk shows now
+    for partial in Path(cfg.logdir).glob("*.partial"):               # of a process that was killed while it wrote
+        partial.unlink()
     run = Run(cfg)
-    note = "shorter episodes than the paper's 200" if cfg.episode_steps < 200 and not cfg.task.startswith("gym:") else ""
-    print(f"{cfg.task}, {cfg.variant}, seed {cfg.seed}: preset {cfg.preset}{f' ({cfg.episode_steps} steps: {note})' if note else ''}, "
-          f"{cfg.device}, {cfg.precision}, GL {os.environ.get('MUJOCO_GL', 'default')} -> {run.dir}")
-    if run.state["updates"]:
-        print(f"continuing at update {run.state['updates']}, online episode {run.state['episodes']}")
     try:
         run.describe()
+        print(f"{cfg.task}, {cfg.variant}, seed {cfg.seed}, preset {cfg.preset} (episodes of "
+              f"{cfg.episode_steps} steps; the paper's: 200), {cfg.device}, {cfg.precision}, renderer: "
+              f"{run.env.describe().get('renderer', 'its own')} -> {run.dir}")
+        if run.state["updates"]:
+            print(f"continuing at update {run.state['updates']}, online episode {run.state['episodes']}")
         run.open_data()
         try:
             pretrain(run)
@@ -1473,63 +1598,76 @@ def train(cfg):
         finish(run)
     finally:
         run.env.close()
-    print(f"offline {run.state['scores']['offline']['success']:.0%}, final {run.state['scores']['final']['success']:.0%} over "
-          f"{run.state['scores']['final']['episodes']} fresh episodes; {(time.perf_counter() - started) / 60:.1f} minutes; see {run.dir}")
 
 
 def finish(run):
     """Pictures and result.json of a finished run."""
     cfg, started = run.cfg, time.perf_counter()
-    if run.frames is None:                                                     # resumed after the last evaluation
-        _, run.frames = evaluate(cfg, run.env, run.agent, 4)
+    if run.kept is None:                                             # resumed after the last evaluation
+        _, run.kept = evaluate(cfg, run.env, run.agent, min(4, cfg.final_episodes))
     draw_curve(cfg, read_metrics(run.dir / "metrics.jsonl"), run.dir / "curve.png")
-    draw_prediction(run.agent, run.frames[0], run.dir / "prediction.png")
-    write_gif(run.agent, run.frames, run.dir / "eval.gif")
+    draw_prediction(run.agent, run.kept[0], run.dir / "prediction.png")
+    write_gif(run.agent, run.kept, run.dir / "eval.gif")
     run.clock("pictures", started)
-    scores, seconds = run.state["scores"], {k: round(v, 1) for k, v in run.state["seconds"].items()}
+    offline, final = run.state["scores"]["offline"], run.state["scores"]["final"]
+    seconds = {stage: round(value, 1) for stage, value in run.state["seconds"].items()}
     write_json(run.dir / "result.json", {
         "task": cfg.task, "variant": cfg.variant, "seed": cfg.seed, "preset": cfg.preset,
-        "offline_success": scores["offline"]["success"], "final_success": scores["final"]["success"],
-        "eval_episodes": scores["final"]["episodes"], "updates": run.state["updates"], "env_steps": run.state["env_steps"],
+        "offline_success": offline["success"], "final_success": final["success"],
+        "offline_return": offline["return"], "final_return": final["return"],
+        "eval_episodes": final["episodes"],
+        "updates": run.state["updates"], "env_steps": run.state["env_steps"],
         "wall_seconds": seconds | {"total": round(sum(seconds.values()), 1)}, "device": cfg.device,
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, 2)})
+        "peak_memory_gb": peak_memory_gb()})
+    print(f"success offline {offline['success']:.0%}, final {final['success']:.0%} (over {final['episodes']} "
+          f"fresh episodes) in {sum(seconds.values()) / 60:.1f} minutes; pictures and weights: {run.dir}")
+
+
+def peak_memory_gb():
+    """The largest resident memory this process ever had, in GiB."""
+    import resource                                                            # absent on Windows
+    unit = 2 ** 20 if sys.platform.startswith("linux") else 2 ** 30
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
 
 
 def evaluate_run(logdir, episodes):
-    """--evaluate: score the checkpoint of a run folder on fresh episodes, print it, write eval.gif there."""
+    """--evaluate: score a run folder's checkpoint on episodes no run has seen, print JSON, write eval.gif."""
     try:
         config = json.loads((Path(logdir) / "config.json").read_text())["config"]
         known = {f.name for f in dataclasses.fields(Config)}
-        cfg = build_config(**{k: v for k, v in config.items() if k in known} | {"logdir": str(logdir), "device": "auto"})
+        same = {name: value for name, value in config.items() if name in known}
+        cfg = build_config(**same | {"logdir": str(logdir), "device": "auto"})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Trouble(f"{logdir} is no run folder ({error}); --evaluate takes the --logdir of a run") from None
+        raise Trouble(f"{logdir} is no run folder ({error}); --evaluate takes a run's --logdir") from None
     run = Run(cfg, fresh_ok=False)
     try:
-        result, frames = evaluate(cfg, run.env, run.agent, episodes or cfg.final_episodes, first=10_000)
-        write_gif(run.agent, frames, run.dir / "eval.gif")
+        result, kept = evaluate(cfg, run.env, run.agent, episodes or cfg.final_episodes, first=10_000)
+        write_gif(run.agent, kept, run.dir / "eval.gif")
     finally:
         run.env.close()
-    print(json.dumps({"task": cfg.task, "variant": cfg.variant, "seed": cfg.seed, "updates": run.state["updates"]} | result))
+    print(json.dumps({"task": cfg.task, "variant": cfg.variant, "seed": cfg.seed,
+                      "updates": run.state["updates"]} | result))
     print(f"wrote {run.dir / 'eval.gif'}", file=sys.stderr)
 
 
 def main(argv=None):
-    """Returns the exit code: 0 done, 2 trouble, 130 / 143 stopped by Ctrl-C / SIGTERM with everything saved."""
-    listen()
-    try:
-        cfg, commands = parse(argv)
-        if "plot" in commands:
-            plot(commands["plot"])
-        elif "evaluate" in commands:
-            evaluate_run(commands["evaluate"], commands.get("episodes"))
-        else:
-            train(cfg)
-    except Trouble as trouble:
-        print(f"moto: {trouble}", file=sys.stderr)
-        return 2
-    except Stopped:
-        print("moto: stopped and saved; repeat the command to continue", file=sys.stderr)
-        return 128 + asked["signal"]
+    """Returns the exit code: 0 done, 2 trouble, 130 / 143 stopped and saved after Ctrl-C / SIGTERM."""
+    with signals_wait():
+        try:
+            cfg, commands = parse(argv)
+            if "plot" in commands:
+                plot(commands["plot"])
+            elif "evaluate" in commands:
+                evaluate_run(commands["evaluate"], commands.get("episodes"))
+            else:
+                train(cfg)
+        except Trouble as trouble:
+            print(f"moto: {trouble}", file=sys.stderr)
+            return 2
+        except (Stopped, KeyboardInterrupt) as stop:
+            how = "and saved" if isinstance(stop, Stopped) else "at once, the last checkpoint stands"
+            print(f"moto: stopped {how}; repeat the command to continue", file=sys.stderr)
+            return 128 + (asked["signal"] or signal.SIGINT)
     return 0
 
 
