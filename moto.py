@@ -99,6 +99,7 @@ class Config:
     real_weight: float = opt(1.0, "weight of real transitions, Eq 11; 0: critics learn in imagination alone")
     value_weight: float = opt(1.0, "weight of the value in the actor's loss, Eq 14; 0: behaviour cloning")
     target_rate: float = opt(0.02, "Eq 12: step of the target critics towards the critics")
+    acting_rate: float = opt(0.02, "the same for the weights that act (DEPARTURE; 1: those being trained)")
     model_lr: float = opt(6e-4, "learning rate of the world model [LOMPO: 6e-4]")
     actor_lr: float = opt(3e-4, "learning rate of the actor [LOMPO: 3e-4]")
     critic_lr: float = opt(3e-4, "learning rate of the critics [LOMPO: 3e-4]")
@@ -583,8 +584,9 @@ class Agent:
         self.actor = Actor(cfg, action_size).to(device)
         self.critic = Critic(cfg, action_size).to(device)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.acting = nn.ModuleDict({"model": copy.deepcopy(self.model), "actor": copy.deepcopy(self.actor)})
         self.modules = {"model": self.model, "actor": self.actor, "critic": self.critic,
-                        "target": self.target}
+                        "target": self.target, "acting": self.acting.requires_grad_(False)}
         rates = {"model": cfg.model_lr, "actor": cfg.actor_lr, "critic": cfg.critic_lr}
         self.optimisers = {
             name: torch.optim.Adam(self.modules[name].parameters(), lr=rate, eps=1e-6, fused=True)
@@ -638,6 +640,8 @@ class Agent:
             metrics["grad/actor"] = self.step("actor", loss_actor)
             metrics["grad/critic"] = self.step("critic", loss_critic)
             update_target(self.target, self.critic, cfg.target_rate)
+        for name, slow in self.acting.items():
+            update_target(slow, self.modules[name], cfg.acting_rate)
         return {name: float(value.detach()) for name, value in metrics.items()}
 
     def imagined_losses(self, feat, batch, behaviour, leaves):
@@ -666,23 +670,26 @@ class Agent:
     def act(self, image, state=None, generator=None):
         """One step of acting: uint8 image (P, P, 3), carried state (None at a reset) -> a (A,), next state.
 
-        With a generator, latents and action are sampled (data collection), without, means (evaluation).
+        With a generator, latents and action are sampled (data collection), without, means (evaluation). DEPARTURE:
+        acting is done by running means of the weights of model and actor (as Eq 12), because single updates on
+        small batches move the hand by more than the millimetres that decide whether it hooks a handle.
         """
         def noise(n):
             sampled = torch.zeros(1, n) if generator is None else torch.randn(1, n, generator=generator)
             return sampled.to(self.device)
+        model, A = self.acting["model"], self.model.action_size
         x = to_image(torch.as_tensor(image, device=self.device))[None]
-        h, z, a = state or (*self.model.initial(1, self.device), noise(self.model.action_size) * 0)
-        h, z, *_ = self.model.filter_step(h, z, a, self.model.encoder(x), noise(self.cfg.stoch))
-        policy = self.actor(torch.cat([h, z], -1))
-        a = policy.mode if generator is None else policy.rsample(noise(self.model.action_size))[0]
+        h, z, a = state or (*model.initial(1, self.device), torch.zeros(1, A, device=self.device))
+        h, z, *_ = model.filter_step(h, z, a, model.encoder(x), noise(self.cfg.stoch))
+        policy = self.acting["actor"](torch.cat([h, z], -1))
+        a = policy.mode if generator is None else policy.rsample(noise(A))[0]
         return a[0].cpu().numpy(), (h, z, a)
 
     @torch.no_grad()
     def promise(self, image):
         """What the critics promise at an episode's first image (P, P, 3), in units of 1 / (1 - gamma)."""
         _, (h, z, a) = self.act(image)
-        return float(self.critic(torch.cat([h, z], -1), a).min() / self.critic.unit)
+        return float(self.target(torch.cat([h, z], -1), a).min() / self.target.unit)
 
     def state_dict(self):
         return {"modules": {name: module.state_dict() for name, module in self.modules.items()},
@@ -1549,7 +1556,7 @@ AT_LEAST = {0: ("seed", "demo_noise", "demo_tail", "free_nats", "kl_scale", "rew
                 "ensemble", "horizon", "updates_per_episode", "eval_every", "eval_episodes", "final_episodes",
                 "log_every", "save_every"),
             2: ("length",)}
-SHARES = ("gamma", "lam", "kl_balance", "offline_fraction", "target_rate", "decode")
+SHARES = ("gamma", "lam", "kl_balance", "offline_fraction", "target_rate", "acting_rate", "decode")
 POSITIVE = ("model_lr", "actor_lr", "critic_lr", "grad_clip", "decode")
 
 
