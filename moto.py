@@ -584,7 +584,7 @@ class Agent:
         self.actor = Actor(cfg, action_size).to(device)
         self.critic = Critic(cfg, action_size).to(device)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.acting = nn.ModuleDict({"model": copy.deepcopy(self.model), "actor": copy.deepcopy(self.actor)})
+        self.acting = copy.deepcopy(nn.ModuleDict({"model": self.model, "actor": self.actor}))
         self.modules = {"model": self.model, "actor": self.actor, "critic": self.critic,
                         "target": self.target, "acting": self.acting.requires_grad_(False)}
         rates = {"model": cfg.model_lr, "actor": cfg.actor_lr, "critic": cfg.critic_lr}
@@ -670,9 +670,9 @@ class Agent:
     def act(self, image, state=None, generator=None):
         """One step of acting: uint8 image (P, P, 3), carried state (None at a reset) -> a (A,), next state.
 
-        With a generator, latents and action are sampled (data collection), without, means (evaluation). DEPARTURE:
-        acting is done by running means of the weights of model and actor (as Eq 12), because single updates on
-        small batches move the hand by more than the millimetres that decide whether it hooks a handle.
+        With a generator, latents and action are sampled (data collection), without, means (evaluation).
+        DEPARTURE: running means of the weights of model and actor act (updated as in Eq 12): a single update
+        on a small batch moves the hand by the millimetres that decide whether it hooks a handle.
         """
         def noise(n):
             sampled = torch.zeros(1, n) if generator is None else torch.randn(1, n, generator=generator)
@@ -1556,7 +1556,7 @@ AT_LEAST = {0: ("seed", "demo_noise", "demo_tail", "free_nats", "kl_scale", "rew
                 "ensemble", "horizon", "updates_per_episode", "eval_every", "eval_episodes", "final_episodes",
                 "log_every", "save_every"),
             2: ("length",)}
-SHARES = ("gamma", "lam", "kl_balance", "offline_fraction", "target_rate", "acting_rate", "decode")
+SHARES = ("gamma", "lam", "kl_balance", "decode", "offline_fraction", "target_rate", "acting_rate")
 POSITIVE = ("model_lr", "actor_lr", "critic_lr", "grad_clip", "decode")
 
 
@@ -1585,7 +1585,7 @@ def check_config(cfg):
 def train(cfg):
     """The main job: demonstrations, pretrain, finetune, pictures, result.json."""
     write_atomically(Path(cfg.logdir) / "checkpoint.new.pt", lambda file: None)       # a bad disk shows now
-    for partial in Path(cfg.logdir).glob("*.partial"):               # of a process that was killed while it wrote
+    for partial in Path(cfg.logdir).glob("*.partial"):             # of a process that was killed while writing
         partial.unlink()
     run = Run(cfg)
     try:
