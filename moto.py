@@ -65,7 +65,7 @@ class Config:
     precision: str = opt("auto", "float32, bfloat16 (autocast), or auto: bfloat16 where the processor has it")
     image_size: int = opt(64, "P, pixels a side, a multiple of 16 [paper: 64]")
     action_repeat: int = opt(2, "simulator steps per agent step [authors' baselines: 2]")
-    episode_steps: int = opt(100, "L, agent steps per episode; a time limit, no terminal state [paper: 200]")
+    episode_steps: int = opt(150, "L, agent steps per episode; a time limit, no terminal state [paper: 200]")
     success_reward: float = opt(1.0, "gym: where no success is reported, a step with this reward is one")
     # Data
     data: str = opt("", "folder of your own .npz episodes (layout in README); empty: scripted demonstrations")
@@ -94,21 +94,21 @@ class Config:
     gamma: float = opt(0.98, "discount")
     lam: float = opt(0.95, "lam, Eq 9: 0 one-step values, 1 the whole horizon [DreamerV2: 0.95]")
     alpha: float = opt(0.02, "penalty, Eq 7: reward lost per unit of u; the unit is its mean on the data")
-    beta: float = opt(1.0, "weight of the behaviour term, Eq 14")
+    beta: float = opt(0.3, "weight of the behaviour term, Eq 14")
     eta: float = opt(1e-4, "weight of the entropy term, Eq 14")
     real_weight: float = opt(1.0, "weight of real transitions, Eq 11; 0: critics learn in imagination alone")
     value_weight: float = opt(1.0, "weight of the value in the actor's loss, Eq 14; 0: behaviour cloning")
-    target_rate: float = opt(0.02, "Eq 12: step of the target critics towards the critics")
-    acting_rate: float = opt(0.02, "the same for the weights that act (DEPARTURE; 1: those being trained)")
+    target_rate: float = opt(0.1, "Eq 12: step of the target critics towards the critics")
+    acting_rate: float = opt(0.02, "the same for the weights that act (DEPARTURE; 1: the trained ones)")
     model_lr: float = opt(6e-4, "learning rate of the world model [LOMPO: 6e-4]")
     actor_lr: float = opt(3e-4, "learning rate of the actor [LOMPO: 3e-4]")
-    critic_lr: float = opt(3e-4, "learning rate of the critics [LOMPO: 3e-4]")
+    critic_lr: float = opt(1e-3, "learning rate of the critics [LOMPO: 3e-4]")
     grad_clip: float = opt(100.0, "largest norm of each optimiser's gradient")
     # Loops
-    offline_updates: int = opt(150, "N, updates before the first online episode [paper: 1000 on Meta-World]")
-    online_episodes: int = opt(30, "online episodes [paper: up to 500]")
-    updates_per_episode: int = opt(35, "U, updates after each online episode [paper: 50]")
-    eval_every: int = opt(300, "updates between evaluations on the way")
+    offline_updates: int = opt(250, "N, updates before the first online episode [paper: 1000 on Meta-World]")
+    online_episodes: int = opt(40, "online episodes [paper: up to 500]")
+    updates_per_episode: int = opt(20, "U, updates after each online episode [paper: 50]")
+    eval_every: int = opt(200, "updates between evaluations on the way")
     eval_episodes: int = opt(10, "episodes of each evaluation on the way")
     final_episodes: int = opt(50, "fresh episodes behind offline_success and final_success")
     log_every: int = opt(25, "updates per line of metrics.jsonl")
@@ -121,8 +121,8 @@ PRESETS = {
                   hidden=32, offline_updates=20, online_episodes=2, updates_per_episode=5, eval_every=20,
                   eval_episodes=1, final_episodes=2, log_every=5, save_every=10),
     "paper": dict(episode_steps=200, batch=64, length=50, channels=32, stoch=64, ensemble=7, decode=1.0,
-                  offline_updates=1000, online_episodes=400, updates_per_episode=50, eval_every=2500,
-                  save_every=1000),
+                  critic_lr=3e-4, target_rate=0.02, offline_updates=1000, online_episodes=400,
+                  updates_per_episode=50, eval_every=2500, eval_episodes=20, save_every=1000),
 }
 VARIANTS = {
     "moto": {},
@@ -525,7 +525,7 @@ def actor_loss(V0, behaviour, logp, weight, cfg):
 
     V0, logp, weight (N,); behaviour: the scalar of Eq 13. The gradient of V^0 runs through actions, model,
     penalty and critic, not through a score function. (1 - gamma) puts the value on the scale of one step's
-    reward, where beta = 1 balances it. Sources: Dreamer, TD3+BC, SAC.
+    reward, so that beta means the same at any discount. Sources: Dreamer, TD3+BC, SAC.
     """
     value = (weight * V0).sum() / weight.sum().clamp(min=1) * (1 - cfg.gamma)
     return -cfg.value_weight * value + cfg.beta * behaviour + cfg.eta * logp.mean()
@@ -1409,8 +1409,9 @@ def draw_prediction(agent, episode, path, steps=44, every=4):
     t = t[t >= seen]
     axes[3].plot(t, u[t], ".-", color="tab:red", label="disagreement u (1: its mean on the data)")
     axes[3].axvspan(extent[0], seen - 0.5, color="tab:blue", alpha=0.15, label="images are seen")
-    axes[3].set(xticks=shown, ylim=(0, None), xlabel="agent step (after the line the model sees no images)")
-    axes[3].legend(fontsize=8, loc="upper left")
+    axes[3].set(xticks=shown, ylim=(-0.05, 1.3 * max(1, *u)), xlim=extent[:2],
+                xlabel="agent step (after the white line the model sees actions, no images)")
+    axes[3].legend(fontsize=8, loc="upper left", ncols=4)
     axes[0].set_title("Open-loop video prediction of an episode it was not trained on", fontsize=10)
     save_figure(fig, path)
 
@@ -1585,7 +1586,7 @@ def check_config(cfg):
 def train(cfg):
     """The main job: demonstrations, pretrain, finetune, pictures, result.json."""
     write_atomically(Path(cfg.logdir) / "checkpoint.new.pt", lambda file: None)       # a bad disk shows now
-    for partial in Path(cfg.logdir).glob("*.partial"):             # of a process that was killed while writing
+    for partial in Path(cfg.logdir).glob("*.partial"):             # of a process that died while writing
         partial.unlink()
     run = Run(cfg)
     try:
@@ -1613,7 +1614,8 @@ def finish(run):
     if run.kept is None:                                             # resumed after the last evaluation
         _, run.kept = evaluate(cfg, run.env, run.agent, min(4, cfg.final_episodes))
     draw_curve(cfg, read_metrics(run.dir / "metrics.jsonl"), run.dir / "curve.png")
-    draw_prediction(run.agent, run.kept[0], run.dir / "prediction.png")
+    shown = max(run.kept, key=lambda episode: episode["success"])    # the first success, else the first
+    draw_prediction(run.agent, shown, run.dir / "prediction.png")
     write_gif(run.agent, run.kept, run.dir / "eval.gif")
     run.clock("pictures", started)
     offline, final = run.state["scores"]["offline"], run.state["scores"]["final"]
