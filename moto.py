@@ -99,14 +99,14 @@ class Config:
     real_weight: float = opt(1.0, "weight of real transitions, Eq 11; 0: critics learn in imagination alone")
     value_weight: float = opt(1.0, "weight of the value in the actor's loss, Eq 14; 0: behaviour cloning")
     target_rate: float = opt(0.1, "Eq 12: step of the target critics towards the critics")
-    acting_rate: float = opt(0.02, "the same for the weights that act (DEPARTURE; 1: the trained ones)")
+    acting_rate: float = opt(0.005, "smallest step of the averaged weights that act (DEPARTURE; 1: none)")
     model_lr: float = opt(6e-4, "learning rate of the world model [LOMPO: 6e-4]")
     actor_lr: float = opt(3e-4, "learning rate of the actor [LOMPO: 3e-4]")
     critic_lr: float = opt(1e-3, "learning rate of the critics [LOMPO: 3e-4]")
     grad_clip: float = opt(100.0, "largest norm of each optimiser's gradient")
     # Loops
     offline_updates: int = opt(250, "N, updates before the first online episode [paper: 1000 on Meta-World]")
-    online_episodes: int = opt(40, "online episodes [paper: up to 500]")
+    online_episodes: int = opt(60, "online episodes [paper: up to 500]")
     updates_per_episode: int = opt(20, "U, updates after each online episode [paper: 50]")
     eval_every: int = opt(200, "updates between evaluations on the way")
     eval_episodes: int = opt(10, "episodes of each evaluation on the way")
@@ -585,6 +585,7 @@ class Agent:
         self.critic = Critic(cfg, action_size).to(device)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.acting = copy.deepcopy(nn.ModuleDict({"model": self.model, "actor": self.actor}))
+        self.acting.register_buffer("updates", torch.zeros(()))
         self.modules = {"model": self.model, "actor": self.actor, "critic": self.critic,
                         "target": self.target, "acting": self.acting.requires_grad_(False)}
         rates = {"model": cfg.model_lr, "actor": cfg.actor_lr, "critic": cfg.critic_lr}
@@ -640,9 +641,20 @@ class Agent:
             metrics["grad/actor"] = self.step("actor", loss_actor)
             metrics["grad/critic"] = self.step("critic", loss_critic)
             update_target(self.target, self.critic, cfg.target_rate)
-        for name, slow in self.acting.items():
-            update_target(slow, self.modules[name], cfg.acting_rate)
+        self.average()
         return {name: float(value.detach()) for name, value in metrics.items()}
+
+    def average(self):
+        """Move the weights that act towards the trained ones (DEPARTURE).
+
+        A single update on a small batch moves the hand by the millimetres that decide whether it hooks a
+        handle; a running mean of the weights of model and actor does not. Its window is a tenth of the updates
+        so far, at most 1 / acting_rate. Source: Shamir and Zhang 2013, polynomial-decay averaging.
+        """
+        rate = max(self.cfg.acting_rate, 10 / (10 + float(self.acting.updates)))
+        self.acting.updates += 1
+        for name, slow in self.acting.items():
+            update_target(slow, self.modules[name], rate)
 
     def imagined_losses(self, feat, batch, behaviour, leaves):
         """Eq 6 to 11 and 14 on a batch: feat (B, T, F) without gradient -> actor and critic loss, metrics."""
@@ -670,9 +682,8 @@ class Agent:
     def act(self, image, state=None, generator=None):
         """One step of acting: uint8 image (P, P, 3), carried state (None at a reset) -> a (A,), next state.
 
-        With a generator, latents and action are sampled (data collection), without, means (evaluation).
-        DEPARTURE: running means of the weights of model and actor act (updated as in Eq 12): a single update
-        on a small batch moves the hand by the millimetres that decide whether it hooks a handle.
+        With a generator, latents and action are sampled (data collection), without, means (evaluation). The
+        averaged weights act.
         """
         def noise(n):
             sampled = torch.zeros(1, n) if generator is None else torch.randn(1, n, generator=generator)
@@ -1397,7 +1408,7 @@ def draw_prediction(agent, episode, path, steps=44, every=4):
     truth, model, u, reward = open_loop(agent, episode, seen, steps)
     shown = np.arange(max(seen - 5, 0), len(truth), every)
     error = np.abs(truth.astype(int) - model).mean(-1)
-    fig, axes = figure(1.05 * len(shown) + 1, 6.2, 4, 1, height_ratios=[1, 1, 1, 1.7], sharex=True)
+    fig, axes = figure(max(1.05 * len(shown) + 1, 5), 6.2, 4, 1, height_ratios=[1, 1, 1, 1.7], sharex=True)
     extent = shown[0] - every / 2, shown[-1] + every / 2, 0, 1
     for axis, name, images in zip(axes, ("truth", "model", "|error|"), (truth, model, error)):
         axis.imshow(np.concatenate(images[shown], 1), "magma", vmin=0, vmax=128, extent=extent, aspect="auto")

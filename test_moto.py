@@ -2,7 +2,7 @@
 
     python -m pytest -q test_moto.py
 """
-import copy, dataclasses, importlib.util, json, math, os, re, resource, signal, subprocess, sys
+import copy, dataclasses, importlib.util, json, math, os, re, signal, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,10 @@ def batch_of(cfg, B=4, T=6, A=2, seed=0):
     return {"image": torch.randint(0, 255, (B, T, cfg.image_size, cfg.image_size, 3), generator=g, dtype=torch.uint8),
             "a": torch.rand(B, T, A, generator=g) * 1.8 - 0.9, "r": torch.rand(B, T, generator=g), "terminal": torch.zeros(B, T),
             "first": first, "offline": torch.ones(B, T, dtype=torch.bool)}
+
+
+def as_tensors(batch):
+    return {name: torch.as_tensor(value) for name, value in batch.items()}
 
 
 def prepared(batch):
@@ -88,12 +92,14 @@ class Dot:
 Dot.register()
 
 
-def dot_episodes(folder, count, speed=0.4, noise=0.5, seed=0, steps=12, **changes):
-    """Successful episodes of a slow and noisy demonstrator, in the documented layout."""
+def dot_episodes(folder, count, speed=0.4, noise=0.5, seed=0, steps=12, start=lambda p: True, **changes):
+    """Successful episodes of a slow and noisy demonstrator, in the documented layout; `start` chooses by the first position."""
     env, rng, kept, attempt = moto.make_env(tiny(**changes)), np.random.default_rng(seed), 0, 0
     while kept < count:
         image, images, actions, rewards, attempt = env.reset([7, seed, attempt]), [], [], [], attempt + 1
         images.append(image)
+        if not start(env.env.unwrapped.p):
+            continue
         for _ in range(steps):
             p = env.env.unwrapped.p
             a = np.clip(-speed * p / max(np.linalg.norm(p), 0.2) + noise * rng.standard_normal(2), -1, 1)
@@ -212,18 +218,23 @@ def test_eq06_disagreement_is_the_spread_of_the_heads():
     assert moto.disagreement(means[:1].expand(5, 7, 3)).abs().max() == 0
 
 
-def test_eq06_disagreement_is_higher_off_the_data_after_training():
-    torch.manual_seed(0)
-    net = moto.EnsembleMLP(5, 2, 32, 1)
-    optimiser = torch.optim.Adam(net.parameters(), 3e-3)
-    x = torch.rand(256, 2) * 2 - 1
-    y = torch.sin(3 * x[:, :1]) * x[:, 1:]
-    for _ in range(400):
-        optimiser.zero_grad()
-        (net(x) - y).square().mean().backward()
-        optimiser.step()
-    on, off = moto.disagreement(net(x)).mean(), moto.disagreement(net(x + 4)).mean()
-    assert off > 3 * on
+def test_eq06_disagreement_is_higher_off_the_data_after_training(tmp_path):
+    """The model is trained on dots that start on the right; fresh dots on the left are then news to it."""
+    side = {"right": lambda p: p[0] > 0.3, "left": lambda p: p[0] < -0.3}
+    stores = {}
+    for name, where, seed in (("train", "right", 0), ("right", "right", 1), ("left", "left", 1)):
+        stores[name] = moto.Replay(1000, 16, 2, True)
+        for path in sorted(dot_episodes(tmp_path / name, 12, seed=seed, start=side[where]).glob("*.npz")):
+            stores[name].add(moto.load_episode(path, 16, 2))
+    cfg = tiny(variant="bc", channels=8, deter=32, hidden=32, ensemble=5, model_lr=3e-3)
+    agent, rng = moto.Agent(cfg, 2, True, "cpu"), np.random.default_rng(0)
+    for _ in range(300):
+        agent.update(stores["train"].sample(rng, 8, 6))
+    with torch.no_grad():
+        torch.manual_seed(0)
+        u = {name: float(moto.model_loss(agent.model, prepared(as_tensors(stores[name].sample(rng, 40, 6))))[1]["model/disagreement"])
+             for name in ("right", "left")}
+    assert u["left"] > 1.3 * u["right"], u
 
 
 def test_eq07_penalty():
@@ -451,11 +462,14 @@ def test_replacing_a_function_of_the_module_changes_the_agent(monkeypatch, agent
 
 
 def test_the_weights_that_act_follow_the_trained_ones(agent):
-    old = copy.deepcopy(agent.acting)
     agent.update(batch_of(agent.cfg))
-    for name in ("model", "actor"):
-        for before, after, fast in zip(old[name].parameters(), agent.acting[name].parameters(), agent.modules[name].parameters()):
-            torch.testing.assert_close(after, 0.98 * before + 0.02 * fast)
+    assert all(torch.equal(a, b) for a, b in zip(agent.acting["actor"].parameters(), agent.actor.parameters()))    # the first is taken whole
+    for rate in (10 / 11, 10 / 12):
+        old = copy.deepcopy(agent.acting)
+        agent.update(batch_of(agent.cfg))
+        for name in ("model", "actor"):
+            for before, after, fast in zip(old[name].parameters(), agent.acting[name].parameters(), agent.modules[name].parameters()):
+                torch.testing.assert_close(after, (1 - rate) * before + rate * fast)
     image = np.zeros((16, 16, 3), np.uint8)
     before, _ = agent.act(image)
     with torch.no_grad():
@@ -492,7 +506,7 @@ class Echo:
 
     def step(self, a):
         self.t += 1
-        return self.show(a), float(a[0]), self.ends and self.t == 5, self.t == 5, False
+        return self.show(a), float(a[0]), self.ends and self.t == 5, self.t == 5, self.t == 2
 
 
 @pytest.mark.parametrize("ends", [True, False])
@@ -500,7 +514,7 @@ def test_action_image_reward_alignment_and_time_limits(agent, tmp_path, ends):
     cfg, store = agent.cfg, moto.Replay(40, 16, 2, False)
     for i in range(3):
         episode = moto.rollout(cfg, Echo(ends), agent, i, torch.Generator().manual_seed(i))
-        assert len(episode["action"]) == 5 and episode.pop("success") is False
+        assert len(episode["action"]) == 5 and episode.pop("success") is True    # once is enough
         moto.save_episode(tmp_path / f"{i}.npz", **episode)
         store.add(moto.load_episode(tmp_path / f"{i}.npz", 16, 2))
     assert store.size == 18 and store.data["first"].nonzero()[0].tolist() == [0, 6, 12]
@@ -845,7 +859,7 @@ def test_command_line_end_to_end_on_a_real_task(tmp_path):
 # ------------------------------------------------------------------------------------------------------ learning
 
 def test_moto_beats_its_own_behaviour_prior(tmp_path):
-    """The demonstrator is slow: a clone of it often runs out of time. Fine-tuned through the model, the policy does not."""
+    """The demonstrator is slow: its clone often runs out of time. Fine-tuned through the model, the policy does not."""
     data = dot_episodes(tmp_path / "data", 12, speed=0.35, noise=0.35)
     common = TINY | dict(data=data, batch=8, length=8, channels=8, deter=64, stoch=8, hidden=64, horizon=5, offline_updates=250, online_episodes=12,
                          updates_per_episode=15, final_episodes=40, save_every=1000, model_lr=1e-3, actor_lr=1e-3, critic_lr=1e-3,
