@@ -854,7 +854,7 @@ def choose_gl():
 
 def nearest(name, known):
     """A hint for an error message: the names nearest to a wrong one, or all of them."""
-    near = difflib.get_close_matches(name, known, 3, 0.4)
+    near = difflib.get_close_matches(name, known, 3, 0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(known)}"
 
 
@@ -1408,7 +1408,7 @@ def draw_prediction(agent, episode, path, steps=44, every=4):
     truth, model, u, reward = open_loop(agent, episode, seen, steps)
     shown = np.arange(max(seen - 5, 0), len(truth), every)
     error = np.abs(truth.astype(int) - model).mean(-1)
-    fig, axes = figure(max(1.05 * len(shown) + 1, 5), 6.2, 4, 1, height_ratios=[1, 1, 1, 1.7], sharex=True)
+    fig, axes = figure(max(1.05 * len(shown) + 1, 9), 6.2, 4, 1, height_ratios=[1, 1, 1, 1.7], sharex=True)
     extent = shown[0] - every / 2, shown[-1] + every / 2, 0, 1
     for axis, name, images in zip(axes, ("truth", "model", "|error|"), (truth, model, error)):
         axis.imshow(np.concatenate(images[shown], 1), "magma", vmin=0, vmax=128, extent=extent, aspect="auto")
