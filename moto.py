@@ -1429,8 +1429,12 @@ def draw_prediction(agent, episode, path, steps=44, every=4):
 
 @torch.no_grad()
 def write_gif(agent, episodes, path, fps=15):
-    """eval.gif: episodes side by side, above the model's reconstructions from the filtered latents."""
+    """eval.gif: episodes side by side, above the model's reconstructions from the filtered latents.
+
+    Shown until 20 steps after the last of them first earns its largest reward.
+    """
     import imageio.v3 as imageio
+    shown = 20 + max(len(e["image"]) if not e["success"] else int(np.argmax(e["reward"])) for e in episodes)
     columns = []
     for episode in episodes:
         x, a, first = as_sequence(agent, episode)
@@ -1439,7 +1443,7 @@ def write_gif(agent, episodes, path, fps=15):
         columns.append(np.concatenate([to_uint8(x[0]), to_uint8(model)], 1))
     longest = max(map(len, columns))
     columns = [np.concatenate([c, np.repeat(c[-1:], longest - len(c), 0)]) for c in columns]
-    frames = np.concatenate(columns, 2)[::2].repeat(2, 1).repeat(2, 2)
+    frames = np.concatenate(columns, 2)[:shown:2].repeat(2, 1).repeat(2, 2)
     gif = imageio.imwrite("<bytes>", frames, extension=".gif", duration=2000 / fps, loop=0)
     write_atomically(path, lambda file: file.write(gif))
 
