@@ -306,11 +306,13 @@ def test_eq11_the_smaller_critic_bootstraps(agent):
 
 
 def test_eq11_real_and_imagined_transitions_both_train_the_critic():
-    def critics(**changes):
+    def critics(updates=1, **changes):
         agent = moto.Agent(tiny(**changes), 2, True, "cpu")
-        agent.update(batch_of(agent.cfg))
+        for _ in range(updates):
+            agent.update(batch_of(agent.cfg))
         return torch.cat([p.flatten() for p in agent.critic.parameters()])
-    assert not torch.equal(critics(), critics(real_weight=0.0))
+    both, imagined, untrained = critics(), critics(real_weight=0.0), critics(updates=0)
+    assert not torch.equal(both, imagined) and not torch.equal(imagined, untrained)
 
 
 def test_eq12_target_is_a_moving_average(agent):
@@ -529,7 +531,9 @@ def test_replay_is_uniform_over_positions_and_mixes_as_told():
         store.add({"image": np.zeros((n, 16, 16, 3), np.uint8), "action": np.linspace(0, 1, n - 1)[:, None], "reward": np.arange(n - 1),
                    "terminal": False})
     rng = np.random.default_rng(0)
-    starts = offline.sample(rng, 20_000, 5)["r"][:, 1]
+    batch = offline.sample(rng, 20_000, 5)
+    assert batch["first"][:, 0].all() and not batch["first"][:, 1:].any()      # every sequence starts afresh; one long episode
+    starts = batch["r"][:, 1]
     counts = np.unique(starts, return_counts=True)[1]
     assert len(counts) == 26 and counts.min() > 0.8 * counts.mean() and counts.max() < 1.2 * counts.mean()
     cfg = tiny(batch=8, offline_fraction=0.25)
@@ -649,6 +653,17 @@ def child(code, *argv, **kwargs):
     start = (f"import importlib.util, sys; s = importlib.util.spec_from_file_location('test_moto', {str(Path(__file__))!r}); "
              "t = importlib.util.module_from_spec(s); s.loader.exec_module(t); moto = t.moto\n")
     return subprocess.run([sys.executable, "-c", start + code, *map(str, argv)], capture_output=True, text=True, **kwargs)
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path):
+    path, failing = tmp_path / "file", lambda file: (file.write(b"new"), 1 / 0)
+    moto.write_atomically(path, lambda file: file.write(b"old"))
+    with pytest.raises(ZeroDivisionError):
+        moto.write_atomically(path, failing)
+    assert path.read_bytes() == b"old"
+    with open(path, "rb") as reader:
+        moto.write_atomically(path, lambda file: file.write(b"new"))
+        assert reader.read() == b"old" and path.read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("moment", ["half a file", "between the renames"])
