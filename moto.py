@@ -648,8 +648,8 @@ class Agent:
         """Move the weights that act towards the trained ones (DEPARTURE).
 
         A single update on a small batch moves the hand by the millimetres that decide whether it hooks a
-        handle; a running mean of the weights of model and actor does not. Its window is a tenth of the updates
-        so far, at most 1 / acting_rate. Source: Shamir and Zhang 2013, polynomial-decay averaging.
+        handle; a running mean of the weights of model and actor does not. Its window is a tenth of the
+        updates so far, at most 1 / acting_rate. Source: Shamir and Zhang 2013, polynomial-decay averaging.
         """
         rate = max(self.cfg.acting_rate, 10 / (10 + float(self.acting.updates)))
         self.acting.updates += 1
