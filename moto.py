@@ -863,7 +863,7 @@ class MetaWorld:
 
     The protocol of the authors' baselines: sparse reward (1 while `success` holds), action repeat, new object
     and goal positions at each reset, jittered hand, ten zero actions, no early termination. DEPARTURE:
-    shadows, multisampling and reflections are off, which renders about ten times faster in software.
+    shadows, multisampling and reflections are off, which renders much faster in software.
     """
     action_size, terminates = 4, False
     view = {"azimuth": 15, "elevation": -22.5, "distance": 0.75, "lookat": [-0.15, 0.65, 0.25]}
@@ -1174,7 +1174,8 @@ class Run:
         if steps < cfg.length:
             raise Trouble(f"the offline data has {steps} steps, fewer than one sequence; lower --length")
         self.offline = Replay(steps, *shape, True)
-        self.online = Replay(cfg.online_episodes * (cfg.episode_steps + 1), *shape, False)
+        most = max(cfg.online_episodes, self.state["episodes"])     # a smaller budget may come after a larger
+        self.online = Replay(most * (cfg.episode_steps + 1), *shape, False)
         for episode in episodes:
             self.offline.add(episode)
         for index in range(self.state["episodes"]):

@@ -630,6 +630,8 @@ def test_a_longer_budget_continues_a_finished_run_and_scores_it_again(finished, 
     assert result["updates"] == 18 and result["eval_episodes"] == 3
     scored = [row["updates"] for row in moto.read_metrics(tmp_path / "run" / "metrics.jsonl") if row.get("evaluation") == "final"]
     assert scored == [14, 18]
+    assert run(dots, tmp_path / "run", online_episodes=1, final_episodes=3) == 0    # nothing left to do, nothing lost
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["updates"] == 18
 
 
 def test_a_finished_run_repeated_changes_nothing(finished, dots):
