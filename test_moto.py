@@ -15,7 +15,7 @@ spec = importlib.util.spec_from_file_location("moto", HERE / "moto.py")       # 
 moto = sys.modules["moto"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(moto)
 
-TINY = dict(task="gym:test/Dot-v0", device="cpu", precision="float32", image_size=16, action_repeat=1, episode_steps=12, batch=4, length=6, channels=4,
+TINY = dict(task="gym:test/Dot-v0", device="cpu", precision="float32", workers=1, image_size=16, action_repeat=1, episode_steps=12, batch=4, length=6, channels=4,
             deter=16, stoch=6, hidden=16, ensemble=3, horizon=3, offline_updates=6, online_episodes=2, updates_per_episode=4,
             eval_every=100, eval_episodes=2, final_episodes=2, log_every=1, save_every=1, offline_fraction=0.5)
 
@@ -176,6 +176,18 @@ def test_eq03_decoder_losses_are_log_likelihoods(head):
     torch.testing.assert_close(torch.stack(parts).mean(), losses["image"])     # a random subset is unbiased
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_eq03_the_decoders_convolution_is_a_transposed_convolution(layout):
+    up = moto.Upsample(6, 5).to(memory_format=layout)
+    x = torch.randn(3, 6, 4, 4).to(memory_format=layout).requires_grad_()
+    results = []
+    for y in (up(x), torch.nn.functional.conv_transpose2d(x, up.weight, up.bias, 2, 1)):
+        weight = torch.linspace(-1, 1, y.numel()).reshape(y.shape)
+        results.append((y, *torch.autograd.grad((weight * y).sum(), (x, up.weight, up.bias))))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_eq04_model_loss_is_the_sum_of_its_parts_and_reaches_every_parameter(agent):
     cfg = agent.cfg
     torch.manual_seed(0)
@@ -209,7 +221,10 @@ def test_eq05_kl_against_torch_distributions_and_its_balance():
 def test_eq06_disagreement_is_the_spread_of_the_heads():
     means = torch.randn(5, 7, 3)
     torch.testing.assert_close(moto.disagreement(means).numpy(), means.numpy().std(0).mean(-1), rtol=1e-5, atol=1e-6)
-    assert moto.disagreement(means[:1].expand(5, 7, 3)).abs().max() == 0
+    agreed = means[:1].expand(5, 7, 3).clone().requires_grad_()
+    assert moto.disagreement(agreed).abs().max() < 1e-5
+    moto.disagreement(agreed).sum().backward()
+    assert torch.isfinite(agreed.grad).all()
 
 
 def test_eq06_disagreement_is_higher_off_the_data_after_training():
@@ -419,16 +434,40 @@ def snapshot(agent):
 def test_each_loss_moves_its_own_parameters_and_no_others(agent):
     step, seen = agent.step, []
 
-    def watched(name, loss):
+    def watched(loss, *names):
         before = snapshot(agent)
-        norm = step(name, loss)
+        norms = step(loss, *names)
         after = snapshot(agent)
-        assert {n for n in before if not torch.equal(before[n], after[n])} == {name}
-        seen.append(name)
-        return norm
+        assert {n for n in before if not torch.equal(before[n], after[n])} == set(names)
+        assert all(norms[f"grad/{name}"] > 0 for name in names)
+        seen.append(names)
+        return norms
     agent.step = watched
     agent.update(batch_of(agent.cfg))
-    assert seen == ["model", "actor", "critic"]
+    assert seen == [("model",), ("actor", "critic")]
+
+
+def test_one_backward_pass_gives_actor_and_critic_their_own_gradients_alone(agent):
+    """The sum of both losses is differentiated once: neither loss may reach the other's parameters, nor the model's."""
+    batch = batch_of(agent.cfg)
+    batch |= {"leaves": torch.ones(4, 5), "demonstrated": torch.ones(4, 5)}
+    feat = torch.randn(4, 6, agent.cfg.deter + agent.cfg.stoch)
+    parts = {}
+    true_actor_loss, true_critic_loss = moto.actor_loss, moto.critic_loss
+    moto.actor_loss = lambda *args: parts.setdefault("actor", true_actor_loss(*args))
+    moto.critic_loss = lambda *args: parts.setdefault("critic", true_critic_loss(*args))
+    try:
+        with moto.frozen(agent.model):
+            agent.policy_terms(feat, batch)
+    finally:
+        moto.actor_loss, moto.critic_loss = true_actor_loss, true_critic_loss
+    reached = {}
+    for name, loss in parts.items():
+        for module in agent.modules.values():
+            module.zero_grad()
+        loss.backward(retain_graph=True)
+        reached[name] = {n for n, m in agent.modules.items() if any(p.grad is not None and p.grad.any() for p in m.parameters())}
+    assert reached == {"actor": {"actor"}, "critic": {"critic"}}
 
 
 def test_the_behaviour_gradient_reaches_the_representation_only_by_its_weight():
@@ -462,19 +501,19 @@ def test_replacing_a_function_of_the_module_changes_the_agent(monkeypatch, agent
 
 def test_the_weights_that_act_follow_the_trained_ones(agent):
     agent.update(batch_of(agent.cfg))
-    assert all(torch.equal(a, b) for a, b in zip(agent.acting["actor"].parameters(), agent.actor.parameters()))    # the first is taken whole
+    assert all(torch.equal(a, b) for a, b in zip(agent.acting.actor.parameters(), agent.actor.parameters()))    # the first is taken whole
     for rate in (10 / 11, 10 / 12):
         old = copy.deepcopy(agent.acting)
         agent.update(batch_of(agent.cfg))
         for name in ("model", "actor"):
-            for before, after, fast in zip(old[name].parameters(), agent.acting[name].parameters(), agent.modules[name].parameters()):
+            for before, after, fast in zip(getattr(old, name).parameters(), getattr(agent.acting, name).parameters(), agent.modules[name].parameters()):
                 torch.testing.assert_close(after, (1 - rate) * before + rate * fast)
     image = np.zeros((16, 16, 3), np.uint8)
-    before, _ = agent.act(image)
+    before, _ = agent.acting.act(image)
     with torch.no_grad():
         for p in agent.actor.parameters():
             p.zero_()                                                         # not the ones that act
-    assert np.array_equal(agent.act(image)[0], before) and np.abs(before).sum() > 0
+    assert np.array_equal(agent.acting.act(image)[0], before) and np.abs(before).sum() > 0
 
 
 def test_training_is_deterministic():
@@ -512,15 +551,15 @@ class Echo:
 def test_action_image_reward_alignment_and_time_limits(agent, tmp_path, ends):
     cfg, store = agent.cfg, moto.Replay(40, 16, 2, False)
     for i in range(3):
-        episode = moto.rollout(cfg, Echo(ends), agent, i, torch.Generator().manual_seed(i))
+        episode = moto.rollout(cfg, Echo(ends), agent.acting, i, noise_seed=i)
         assert len(episode["action"]) == 5 and episode.pop("success") is True    # once is enough
         moto.save_episode(tmp_path / f"{i}.npz", **episode)
         store.add(moto.load_episode(tmp_path / f"{i}.npz", 16, 2))
-    assert store.size == 18 and store.data["first"].nonzero()[0].tolist() == [0, 6, 12]
+    assert store.size == 18 and store.data["first"].nonzero().flatten().tolist() == [0, 6, 12]
     batch = store.sample(np.random.default_rng(0), 50, 7)
     np.testing.assert_allclose(batch["a"][..., 0], batch["r"])
-    np.testing.assert_array_equal(batch["image"][..., 0, 0, 0], np.round((batch["a"][..., 0].astype(float) + 1) * 100))
-    assert store.data["terminal"][:18].nonzero()[0].tolist() == ([5, 11, 17] if ends else [])
+    np.testing.assert_array_equal(batch["image"][..., 0, 0, 0], np.round((batch["a"][..., 0].numpy().astype(float) + 1) * 100))
+    assert store.data["terminal"][:18].nonzero().flatten().tolist() == ([5, 11, 17] if ends else [])
     seams = store.data["first"][:18]
     assert not store.data["r"][:18][seams].any() and not store.data["a"][:18][seams].any()
 
@@ -539,7 +578,7 @@ def test_replay_is_uniform_over_positions_and_mixes_as_told():
     cfg = tiny(batch=8, offline_fraction=0.25)
     assert moto.sample_batch(cfg, rng, offline, online)["offline"][:, 0].sum() == 2
     assert moto.sample_batch(cfg, rng, offline, moto.Replay(10, 16, 1, False))["offline"].all()
-    assert offline.data["image"].dtype == np.uint8
+    assert offline.data["image"].dtype == torch.uint8
 
 
 def test_gym_actions_are_mapped_to_the_box_and_seeds_fix_the_episode():
