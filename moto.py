@@ -4,6 +4,7 @@
     python moto.py --task drawer-open --variant no-unc     # an ablation; the same command again resumes a run
     python moto.py --evaluate runs/drawer-open-moto-seed0  # score a checkpoint on fresh episodes
     python moto.py --plot runs/*                           # learning curves over variants and seeds
+    python moto.py --bench                                 # where the time goes on this machine
     python moto.py --help                                  # every number, its symbol, where it comes from
 
 The paper: Rafailov, Hatch, Kolev, Martin, Phielipp, Finn, "MOTO: Offline Pre-training to Online Fine-tuning
@@ -81,7 +82,7 @@ class Config:
     batch: int = opt(16, "B, sequences per batch [LOMPO: 64]")
     length: int = opt(16, "T, steps per sequence [LOMPO: 50]")
     # World model
-    channels: int = opt(12, "width of the first convolution; it doubles three times")
+    channels: int = opt(16, "width of the first convolution; it doubles three times")
     deter: int = opt(256, "D, size of h [LOMPO: 256]")
     stoch: int = opt(32, "S, size of z [LOMPO: 64]")
     hidden: int = opt(256, "width of the hidden layers")
@@ -110,12 +111,12 @@ class Config:
     grad_clip: float = opt(100.0, "largest norm of each optimiser's gradient")
     # Loops
     offline_updates: int = opt(250, "N, updates before the first online episode [paper: 1000 on Meta-World]")
-    online_episodes: int = opt(60, "online episodes [paper: up to 500]")
+    online_episodes: int = opt(45, "online episodes [paper: up to 500]")
     updates_per_episode: int = opt(20, "U, updates after each online episode [paper: 50]")
     eval_every: int = opt(200, "updates between evaluations on the way")
     eval_episodes: int = opt(10, "episodes of each evaluation on the way")
     final_episodes: int = opt(50, "fresh episodes behind offline_success and final_success")
-    lag: int = opt(0, "1: episodes are played during the U updates before them, by the policy before those")
+    lag: int = opt(1, "1: an episode is played while the U updates before it run; 0: after them [paper: 0]")
     log_every: int = opt(25, "updates per line of metrics.jsonl")
     save_every: int = opt(250, "updates between checkpoints")
 
@@ -127,7 +128,7 @@ PRESETS = {
                   eval_every=20, eval_episodes=1, final_episodes=2, log_every=5, save_every=10),
     "paper": dict(episode_steps=200, batch=64, length=50, channels=32, stoch=64, ensemble=7, decode=1.0,
                   critic_lr=3e-4, target_rate=0.02, offline_updates=1000, online_episodes=400,
-                  updates_per_episode=50, lag=1, eval_every=2500, eval_episodes=20, save_every=1000),
+                  updates_per_episode=50, eval_every=2500, eval_episodes=20, save_every=1000),
 }
 VARIANTS = {
     "moto": {},
@@ -339,8 +340,13 @@ class WorldModel(nn.Module):
 
         Where `first` is set a new episode begins inside the sequence: state and action are forgotten there.
         """
+        embed = self.encoder(x.flatten(0, 1)).unflatten(0, a.shape[:2])
+        with torch.autocast(a.device.type, enabled=False):           # B rows are too few for bfloat16 to pay
+            return self.filter(embed.float(), a, first)
+
+    def filter(self, embed, a, first):
+        """`observe` after the encoder: embed (B, T, E) -> h, z, mean, std (B, T, .)."""
         B, T = a.shape[:2]
-        embed = self.encoder(x.flatten(0, 1)).unflatten(0, (B, T))
         noise = torch.randn(B, T, self.cfg.stoch, device=a.device)
         keep = (~first).float().unsqueeze(-1)
         h, z = self.initial(B, a.device)
@@ -594,7 +600,7 @@ def tabular_bound(P, P_hat, r, u, alpha, gamma, pi, start):
 
 def to_image(x, plain=False):
     """uint8 (..., P, P, 3) -> float (..., 3, P, P) in [-0.5, 0.5]; channels last in memory, unless plain."""
-    x = (x.float() / 255 - 0.5).movedim(-1, -3)
+    x = x.float().div_(255).sub_(0.5).movedim(-1, -3)
     return x.contiguous() if plain else x
 
 
@@ -702,6 +708,7 @@ class Agent:
         """One step of everything. batch: dict of image (B, T, P, P, 3) uint8, a (B, T, A) and r, terminal,
         first, offline (B, T), arrays or tensors. Returns metrics (floats). Raises FloatingPointError.
         """
+        torch.compiler.cudagraph_mark_step_begin()                 # CUDA graphs reuse their memory from here
         batch = {name: torch.as_tensor(value).to(self.device) for name, value in batch.items()}
         batch["leaves"] = (~batch["first"][:, 1:]).float()           # one where a_{t+1} leaves s_t
         batch["demonstrated"] = batch["leaves"] * batch["offline"][:, 1:]
@@ -730,7 +737,7 @@ class Agent:
         return loss, metrics, feat.float()
 
     def policy_terms(self, feat, batch):
-        """Eq 13 and, with a value weight, Eq 6 to 11 and 14: feat (B, T, F) without gradient -> loss, metrics.
+        """Eq 13 and, with a value weight, Eq 6 to 11, 14: feat (B, T, F) without gradient -> loss, metrics.
 
         The loss is the actor's plus the critics': neither reaches the other's parameters, so that one
         backward pass serves both.
@@ -863,7 +870,7 @@ class Replay:
         shapes = {"image": ((image_size, image_size, 3), np.uint8), "a": ((action_size,), np.float32),
                   "r": ((), np.float32), "terminal": ((), np.float32), "first": ((), bool)}
         self.data = {name: torch.from_numpy(np.zeros((capacity, *shape), kind)).to(device)
-                     for name, (shape, kind) in shapes.items()}      # on a CPU, memory is used as it is filled
+                     for name, (shape, kind) in shapes.items()}    # on a CPU, memory is used as it is filled
 
     def add(self, episode):
         """Append an episode (dict as from load_episode) in this file's time: a[t], r[t] led into image[t]."""
@@ -959,7 +966,7 @@ class MetaWorld:
             setattr(self.camera, name, value)
         self.groups = self.env.model.geom_group.copy()
         self.renderer.update_scene(self.env.data, self.camera)
-        eyes = self.renderer.scene.camera                            # the left and the right: nearly one place
+        eyes = self.renderer.scene.camera                          # the left and the right: nearly one place
         self.eye = np.mean([eye.pos for eye in eyes], 0)
         self.axes = np.stack([np.cross(eyes[0].forward, eyes[0].up), eyes[0].up, eyes[0].forward])
         self.slope = eyes[0].frustum_top / eyes[0].frustum_near      # half the view's height per distance
@@ -1001,6 +1008,15 @@ class MetaWorld:
         self.env.model.geom_group[:] = np.where(self.out_of_view(), 5, self.groups)
         self.renderer.update_scene(self.env.data, self.camera)
         return self.renderer.render()
+
+    def default_env(self):
+        """The same task as Gymnasium renders it by default, for comparison. This one can then render no more:
+        two OpenGL contexts in one process slow each other down."""
+        self.renderer.close()
+        env = type(self.env)(seed=0, render_mode="rgb_array")
+        env.seeded_rand_vec, env._freeze_rand_vec = True, False
+        env.reset()
+        return env
 
     def scripted_action(self):
         """The scripted policy's action for the present state, clipped (4,)."""
@@ -1051,6 +1067,9 @@ class GymTask:
             if terminal or truncated:
                 break
         return self.render(), total, bool(terminal), bool(terminal or truncated), success
+
+    def default_env(self):
+        return self.env
 
     def render(self):
         from PIL import Image
@@ -1181,11 +1200,11 @@ class Run:
             raise Trouble(f"{self.dir} holds no checkpoint; train one with: python moto.py --task {cfg.task}")
         self.env = make_env(cfg)
         self.agent = Agent(cfg, self.env.action_size, self.env.terminates, cfg.device, compiling_pays(cfg))
-        self.players, self.playing = Players(cfg, self.env), None
-        self.player = copy.deepcopy(self.agent.acting)               # plays the online episodes
+        self.player, self.playing = copy.deepcopy(self.agent.acting), None       # of the online episodes
         self.rng = np.random.default_rng(cfg.seed)
         if checkpoint:
             self.restore(checkpoint)
+        self.players = Players(cfg, self.env)
         self.clock("start", started)
 
     def clock(self, stage, started):
@@ -1285,11 +1304,8 @@ class Run:
         for name in ("torch", "numpy", "mujoco", "metaworld", "gymnasium"):
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions[name] = importlib.metadata.version(name)
-        device = f"{os.cpu_count()} CPU cores, {platform.machine()}"
-        if self.agent.device.type == "cuda":
-            device = torch.cuda.get_device_name(self.agent.device)
         write_json(self.dir / "config.json", {
-            "config": dataclasses.asdict(self.cfg), "versions": versions, "device": device,
+            "config": dataclasses.asdict(self.cfg), "versions": versions, "device": machine(self.cfg.device),
             "environment": self.env.describe(),
             "git": {"commit": commit, "dirty": bool(git("status", "--porcelain"))} if commit else None})
         write_atomically(self.dir / "moto.py", lambda file: file.write(Path(__file__).read_bytes()))
@@ -1436,6 +1452,10 @@ class Players:
             except BrokenExecutor:
                 raise Trouble("a process that plays episodes died (out of memory?); repeat the command with "
                               "fewer --workers: it continues from the last checkpoint") from None
+
+    def peak_memory_gb(self):
+        """Of all processes together."""
+        return self.cfg.workers * self.pool.submit(peak_memory_gb).result() if self.pool else 0.0
 
     def close(self):
         if self.pool:
@@ -1690,8 +1710,219 @@ def plot(logdirs):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Bench: where the time goes, against what the machine can do
+# ------------------------------------------------------------------------------------------------------------
+
+def medians(calls, repeat, device):
+    """Time each of a dict of calls `repeat` times, taking turns, so that a busy moment of the machine hits
+    all of them alike -> dict of the median seconds."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    taken = {name: [] for name in calls}
+    for _ in range(repeat):
+        for name, call in calls.items():
+            wait()
+            started = time.perf_counter()
+            call()
+            wait()
+            taken[name].append(time.perf_counter() - started)
+    return {name: float(np.median(values)) for name, values in taken.items()}
+
+
+def flops(call):
+    """Floating-point operations of one call, by torch's own counter: products and convolutions only."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def measured_peak(cfg):
+    """Floating-point operations per second of this machine in cfg's number format: the best of some matrix
+    products, each the median of many."""
+    kind = torch.bfloat16 if cfg.precision == "bfloat16" else torch.float32
+    sizes = (2048, 4096, 8192) if cfg.device.startswith("cuda") else (512, 1024, 2048)
+    squares = {n: torch.randn(n, n, device=cfg.device).to(kind) for n in sizes}
+    calls = {n: (lambda m: lambda: m @ m)(m) for n, m in squares.items()}
+    medians(calls, 3, cfg.device)
+    return max(2 * n ** 3 / seconds for n, seconds in medians(calls, 15, cfg.device).items())
+
+
+def synthetic_replay(cfg, episodes):
+    """A replay of random images, actions and rewards, for timing alone."""
+    L, P, A, rng = cfg.episode_steps, cfg.image_size, 4, np.random.default_rng(0)
+    store = Replay(episodes * (L + 1), P, A, True, cfg.device)
+    for _ in range(episodes):
+        store.add({"image": rng.integers(0, 256, (L + 1, P, P, 3), np.uint8), "terminal": False,
+                   "action": rng.uniform(-0.9, 0.9, (L, A)).astype(np.float32),
+                   "reward": (rng.random(L) < 0.1).astype(np.float32)})
+    return store
+
+
+def learner(cfg, compiled=False):
+    """An agent, and a call that updates it once on synthetic data; three updates warm it up."""
+    agent, store = Agent(cfg, 4, False, cfg.device, compiled), synthetic_replay(cfg, 10)
+    rng = np.random.default_rng(0)
+    update = lambda: agent.update(store.sample(rng, cfg.batch, cfg.length))
+    for _ in range(3):
+        update()
+    return agent, update
+
+
+def bench_forms(cfg, repeat=15):
+    """Updates per second and share of the measured peak, of the plain float32 form, of this config without
+    compiling, and of it compiled. Their updates take turns. Returns operations per update, and the rows."""
+    plain = dataclasses.replace(cfg, precision="float32", compile=False)
+    forms, calls, start = {"plain": (plain, False), "eager": (cfg, False)}, {}, {}
+    if cfg.compile and can_compile(cfg):
+        forms["compiled"] = cfg, True
+    for name, (form, compiled) in forms.items():
+        started = time.perf_counter()
+        calls[name] = learner(form, compiled)[1]
+        start[name] = time.perf_counter() - started
+    count, taken = flops(calls["plain"]), medians(calls, repeat, cfg.device)
+    peak = {form.precision: measured_peak(form) for form, _ in forms.values()}
+    return count, {name: {
+        "precision": form.precision, "updates_per_second": 1 / taken[name],
+        "speedup_over_eager_fp32": taken["plain"] / taken[name],
+        "peak_gflops": peak[form.precision] / 1e9,
+        "fraction_of_peak": count / taken[name] / peak[form.precision],
+        "seconds_to_start": start[name]} for name, (form, _) in forms.items()}
+
+
+def bench_parts(cfg, repeat=10):
+    """Milliseconds and operations of the parts of one update (forward and backward), without compiling."""
+    (agent, update), store, rng = learner(cfg), synthetic_replay(cfg, 10), np.random.default_rng(0)
+    model, B, T, D, device = agent.model, cfg.batch, cfg.length, cfg.deter, cfg.device
+    sample = lambda: store.sample(rng, B, T)
+    x, batch = to_image(sample()["image"], plain=not cfg.compile).flatten(0, 1), sample()
+    batch["leaves"] = batch["demonstrated"] = torch.ones(B, T - 1, device=device)
+    feat = torch.randn(B, T, D + cfg.stoch, device=device)
+    start, embed = feat.flatten(0, 1), torch.randn(B, T, cfg.hidden, device=device, requires_grad=True)
+    H = cfg.horizon
+    states, actions = start.expand(H + 1, -1, -1), torch.zeros(H + 1, B * T, 4, device=device)
+    everything = lambda values: sum(value.float().sum() for value in values)
+
+    def both_ways(forward, *constant):
+        def call():
+            with frozen(*constant), agent.autocast():
+                loss = forward()
+            loss.backward()
+        return call
+
+    def optimisers():
+        for name, optimiser in agent.optimisers.items():
+            nn.utils.clip_grad_norm_(agent.modules[name].parameters(), cfg.grad_clip)
+            optimiser.step()
+        update_target(agent.target, agent.critic, cfg.target_rate)
+        agent.acting.follow(model, agent.actor, cfg.acting_rate)
+    calls = {
+        "whole update": update, "optimisers": optimisers, "data": sample,
+        "encoder": both_ways(lambda: model.encoder(x).float().sum()),
+        "recurrent pass": lambda: everything(model.filter(embed * 1, batch["a"], batch["first"])).backward(),
+        "model": both_ways(lambda: agent.model_terms(batch)[0], agent.actor),
+        "imagination": both_ways(lambda: everything(
+            imagine(model, agent.actor, start[:, :D], start[:, D:], H).values()), model),
+        "critic": both_ways(lambda: agent.critic(states, actions).sum()),
+        "policy": both_ways(lambda: agent.policy_terms(feat, batch)[0], model)}
+    medians(calls, 2, device)
+    ms = {name: 1e3 * seconds for name, seconds in medians(calls, repeat, device).items()}
+    gflop = {name: flops(call) / 1e9 for name, call in calls.items()}
+    for values in ms, gflop:
+        values["decoder and model loss"] = values.pop("model") - values["encoder"] - values["recurrent pass"]
+        values["actor"] = values.pop("policy") - values["imagination"] - values["critic"]
+    order = ("data", "encoder", "recurrent pass", "decoder and model loss", "imagination", "critic", "actor",
+             "optimisers", "whole update")
+    return {name: {"ms": ms[name], "gflop": gflop[name]} for name in order}
+
+
+def bench_growth(cfg, repeat=5):
+    """Milliseconds per update at half, at once and at twice each size, the others as configured; and per
+    sampled batch with 10, 100 and 1,000 episodes in the replay."""
+    table = {}
+    for label, names in {"batch B": ["batch"], "sequence length T": ["length"], "ensemble K": ["ensemble"],
+                         "horizon H": ["horizon"], "width": ["channels", "deter", "stoch", "hidden"]}.items():
+        calls = {}
+        for factor in (0.5, 1, 2):
+            sizes = {name: max(2, round(factor * getattr(cfg, name))) for name in names}
+            calls[f"{factor:g}x"] = learner(dataclasses.replace(cfg, **sizes))[1]
+        table[label] = {size: 1e3 * value for size, value in medians(calls, repeat, cfg.device).items()}
+    rng, calls = np.random.default_rng(0), {}
+    for episodes in (10, 100, 1000):
+        store = synthetic_replay(cfg, episodes)
+        calls[f"{episodes} episodes"] = lambda store=store: store.sample(rng, cfg.batch, cfg.length)
+    table["sampling"] = {size: 1e3 * value for size, value in medians(calls, 30, cfg.device).items()}
+    return table
+
+
+def bench_env(cfg, steps=100):
+    """Steps per second of the simulator with its picture, and milliseconds per picture, ours and default."""
+    env = make_env(cfg)
+    env.reset([0, 0, 0])
+    still = np.zeros(env.action_size, np.float32)
+    step, ours = medians({"step": lambda: env.step(still), "ours": env.render}, steps, "cpu").values()
+    default = env.default_env()
+    default.render()
+    usual, = medians({"default": default.render}, steps // 2, "cpu").values()
+    default.close()
+    env.close()
+    return {"env_steps_per_second": 1 / step, "render_ms": 1e3 * ours, "default_render_ms": 1e3 * usual,
+            "render_speedup": usual / ours}
+
+
+def bench(cfg, as_json):
+    """--bench: measure this config on this machine; a table, or JSON on standard output.
+
+    The figures at the top level are those of the form that is fastest once it runs, named in `form`.
+    """
+    if cfg.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    learner(cfg)
+    result = {"machine": machine(cfg.device), "torch": torch.__version__, "threads": torch.get_num_threads(),
+              "preset": cfg.preset, "device": cfg.device, "precision": cfg.precision,
+              "peak_memory_gb": peak_memory_gb()}
+    if cfg.device.startswith("cuda"):
+        result["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 2 ** 30
+    stages = {"forms": bench_forms, "parts": bench_parts, "growth": bench_growth, "env": bench_env}
+    for name, stage in tqdm(stages.items(), desc="bench", leave=False):
+        result[name] = stage(cfg)
+        exit_if_asked()
+    count, forms = result["forms"]
+    best = max(forms, key=lambda name: forms[name]["updates_per_second"])
+    result |= {"gflop_per_update": count / 1e9, "forms": forms, "form": best}
+    result |= forms[best] | result.pop("env")
+    rounded = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.4g}"))
+    print(json.dumps(rounded, indent=1) if as_json else bench_text(rounded))
+
+
+def bench_text(r):
+    """The result of `bench` as a table to read."""
+    lines = [f"{r['machine']}, torch {r['torch']}, {r['threads']} threads",
+             f"preset {r['preset']}, {r['precision']}, {r['gflop_per_update']:.1f} GFLOP per update", "",
+             f"{'form':28}{'updates/s':>10}{'of peak':>9}{'speed-up':>10}{'start, s':>10}"]
+    for name, f in r["forms"].items():
+        lines.append(f"{name + ', ' + f['precision']:28}{f['updates_per_second']:10.2f}"
+                     f"{f['fraction_of_peak']:9.0%}{f['speedup_over_eager_fp32']:9.2f}x"
+                     f"{f['seconds_to_start']:10.1f}   (peak: {f['peak_gflops']:.0f} GFLOP/s)")
+    lines += ["", f"{'part (eager)':28}{'ms':>10}{'GFLOP':>9}"]
+    lines += [f"{name:28}{part['ms']:10.1f}{part['gflop']:9.2f}" for name, part in r["parts"].items()]
+    lines += ["", "growth (ms; the first five: per update, eager; the last: per sampled batch)"]
+    for name, row in r["growth"].items():
+        lines.append(f"{name:28}" + "   ".join(f"{size}: {ms:.3g}" for size, ms in row.items()))
+    lines += ["", f"simulator: {r['env_steps_per_second']:.0f} steps/s with pictures; a picture takes "
+              f"{r['render_ms']:.2f} ms, by default {r['default_render_ms']:.1f}: "
+              f"{r['render_speedup']:.1f} times faster",
+              f"peak memory: {r['peak_memory_gb']} GB"]
+    if "gpu_memory_gb" in r:
+        lines[-1] += f", on the GPU {r['gpu_memory_gb']:.1f} GB"
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------
+
+COMMANDS = "evaluate", "episodes", "plot", "bench", "json"
+
 
 def parse(argv):
     """Flags -> (Config, dict of the other commands). Later wins: defaults, preset, variant, flags."""
@@ -1699,12 +1930,15 @@ def parse(argv):
                         for name, changes in PRESETS.items() if changes)
     parser = argparse.ArgumentParser(
         prog="moto.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        usage="moto.py [--FLAG VALUE ...] | --evaluate LOGDIR [--episodes N] | --plot LOGDIR ...",
+        usage="moto.py [--FLAG VALUE ...] | --evaluate LOGDIR [--episodes N] | --plot LOGDIR ... | "
+        "[--FLAG VALUE ...] --bench [--json]",
         description=__doc__.split("\n\n")[0], epilog="Defaults are those of the preset laptop. Others: "
         f"{presets}. Variants: {', '.join(VARIANTS)}.")
     parser.add_argument("--evaluate", metavar="LOGDIR", help="score a checkpoint on new episodes, draw a GIF")
     parser.add_argument("--episodes", type=int, metavar="N", help="with --evaluate: how many episodes")
     parser.add_argument("--plot", metavar="LOGDIR", nargs="+", help="draw curves.png from one or many runs")
+    parser.add_argument("--bench", action="store_true", help="measure the speed of a config here")
+    parser.add_argument("--json", action="store_true", help="with --bench: print JSON")
     for f in dataclasses.fields(Config):
         text = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
         flag, kind = f"--{f.name.replace('_', '-')}", f.type.__name__.upper()
@@ -1713,7 +1947,7 @@ def parse(argv):
         else:
             parser.add_argument(flag, type=f.type, metavar=kind, help=text)
     given = vars(parser.parse_args(argv))
-    commands = {name: given.pop(name) for name in ("evaluate", "episodes", "plot") if name in given}
+    commands = {name: given.pop(name) for name in COMMANDS if name in given}
     if commands.get("episodes", 1) < 1:
         raise Trouble(f"--episodes is {commands['episodes']} but must be at least 1")
     return build_config(**given), commands
@@ -1746,10 +1980,17 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def can_compile(cfg):
+    """Whether torch.compile finds its tools: a C++ compiler and, for a GPU, Triton."""
+    compilers = os.environ.get("CXX", "g++"), "clang++", "cl"
+    triton = not cfg.device.startswith("cuda") or importlib.util.find_spec("triton") is not None
+    return triton and any(map(shutil.which, compilers))
+
+
 def compiling_pays(cfg):
-    """torch.compile takes a minute or two on a CPU and saves about a fifth of each update."""
+    """torch.compile takes one or two minutes on a CPU and saves about a fifth of each update."""
     planned = cfg.offline_updates + cfg.online_episodes * cfg.updates_per_episode
-    return cfg.compile and (cfg.device.startswith("cuda") or planned >= 5000)
+    return cfg.compile and can_compile(cfg) and (cfg.device.startswith("cuda") or planned >= 5000)
 
 
 def reuse_memory():
@@ -1839,9 +2080,20 @@ def finish(run):
         "eval_episodes": final["episodes"],
         "updates": run.state["updates"], "env_steps": run.state["env_steps"],
         "wall_seconds": seconds | {"total": round(sum(seconds.values()), 1)}, "device": cfg.device,
-        "peak_memory_gb": peak_memory_gb()})
+        "peak_memory_gb": round(peak_memory_gb() + run.players.peak_memory_gb(), 2)})
     print(f"success offline {offline['success']:.0%}, final {final['success']:.0%} (over {final['episodes']} "
           f"fresh episodes) in {sum(seconds.values()) / 60:.1f} minutes; pictures and weights: {run.dir}")
+
+
+def machine(device):
+    """The name of the GPU, or of the processor with the number of cores."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        return f"{cores()} cores of {name} ({torch.backends.cpu.get_cpu_capability()})"
+    return f"{cores()} CPU cores, {platform.machine()}"
 
 
 def peak_memory_gb():
@@ -1857,7 +2109,7 @@ def evaluate_run(logdir, episodes):
         config = json.loads((Path(logdir) / "config.json").read_text())["config"]
         known = {f.name for f in dataclasses.fields(Config)}
         same = {name: value for name, value in config.items() if name in known}
-        cfg = build_config(**same | {"logdir": str(logdir), "device": "auto"})
+        cfg = build_config(**same | {"logdir": str(logdir), "device": "auto", "workers": 0})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Trouble(f"{logdir} is no run folder ({error}); --evaluate takes a run's --logdir") from None
     run = Run(cfg, fresh_ok=False)
@@ -1879,6 +2131,8 @@ def main(argv=None):
             cfg, commands = parse(argv)
             if "plot" in commands:
                 plot(commands["plot"])
+            elif "bench" in commands:
+                bench(cfg, commands.get("json", False))
             elif "evaluate" in commands:
                 evaluate_run(commands["evaluate"], commands.get("episodes"))
             else:

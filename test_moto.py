@@ -11,11 +11,12 @@ import torch
 import torch.distributions as D
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))                                                 # for the processes that the tests start
 spec = importlib.util.spec_from_file_location("moto", HERE / "moto.py")       # this file, even where PyPI's moto is installed
 moto = sys.modules["moto"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(moto)
 
-TINY = dict(task="gym:test/Dot-v0", device="cpu", precision="float32", workers=1, image_size=16, action_repeat=1, episode_steps=12, batch=4, length=6, channels=4,
+TINY = dict(task="gym:test/Dot-v0", device="cpu", precision="float32", workers=1, lag=0, image_size=16, action_repeat=1, episode_steps=12, batch=4, length=6, channels=4,
             deter=16, stoch=6, hidden=16, ensemble=3, horizon=3, offline_updates=6, online_episodes=2, updates_per_episode=4,
             eval_every=100, eval_episodes=2, final_episodes=2, log_every=1, save_every=1, offline_fraction=0.5)
 
@@ -516,6 +517,34 @@ def test_the_weights_that_act_follow_the_trained_ones(agent):
     assert np.array_equal(agent.acting.act(image)[0], before) and np.abs(before).sum() > 0
 
 
+def after_updates(cfg, compiled=False, count=3):
+    """Metrics and weights after some updates from one set of weights, one batch and one stream of random numbers."""
+    agent = moto.Agent(cfg, 2, True, "cpu", compiled)
+    torch.manual_seed(5)
+    metrics = [agent.update(batch_of(cfg)) for _ in range(count)]
+    return metrics, torch.cat([p.detach().flatten() for p in agent.modules["model"].parameters()]), agent
+
+
+@pytest.mark.parametrize("precision,compiled,tolerance", [("float32", False, 1e-4), ("bfloat16", False, 0.03), ("float32", True, 1e-4),
+                                                          ("bfloat16", True, 0.03)])
+def test_the_fast_forms_agree_with_the_plain_one(monkeypatch, precision, compiled, tolerance):
+    """channels last, bfloat16 and torch.compile against float32, eager, contiguous: every metric of three updates, and their sum
+    in the weights. Tolerances are relative (for metrics near zero: to 0.1); float32 differs by rounding, bfloat16 keeps 8 bits."""
+    import torch._inductor.config
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)        # the same random numbers as eager
+    sizes = dict(hidden=32, deter=32, length=4)
+    plain, weights, agent = after_updates(tiny(precision="float32", compile=False, **sizes))
+    fast, moved, other = after_updates(tiny(precision=precision, compile=True, **sizes), compiled)
+    assert agent.model.encoder.convolutions[2].weight.is_contiguous()
+    assert other.model.encoder.convolutions[2].weight.is_contiguous(memory_format=torch.channels_last)
+    for ours, theirs in zip(fast, plain):
+        for name in theirs:
+            assert abs(ours[name] - theirs[name]) <= tolerance * max(0.1, abs(theirs[name])), name
+    start = torch.cat([p.detach().flatten() for p in moto.Agent(tiny(**sizes), 2, True, "cpu").modules["model"].parameters()])
+    cosine = torch.cosine_similarity(moved - start, weights - start, dim=0)     # Adam turns tiny gradients into whole steps
+    assert cosine > (0.999 if precision == "float32" else 0.9)
+
+
 def test_training_is_deterministic():
     def train():
         agent = moto.Agent(tiny(), 2, True, "cpu")
@@ -622,6 +651,33 @@ def finished(dots, tmp_path_factory):
     logdir = tmp_path_factory.mktemp("whole")
     assert run(dots, logdir) == 0
     return logdir
+
+
+def test_with_a_lag_the_policy_of_the_block_before_plays_and_a_resumed_run_knows_it(dots, tmp_path, monkeypatch):
+    """lag 1: episode k is played by the weights as they were before the U updates that precede it; also after a stop in between."""
+    true_rollout, played = moto.rollout, []
+
+    def watched(cfg, env, policy, seed, noise_seed=None):
+        if noise_seed is not None:
+            played.append((noise_seed, float(policy.updates)))
+        return true_rollout(cfg, env, policy, seed, noise_seed)
+    monkeypatch.setattr(moto, "rollout", watched)
+    assert run(dots, tmp_path / "whole", lag=1, online_episodes=4) == 0
+    assert played == [(0, 6.0), (1, 6.0), (2, 10.0), (3, 14.0)]                 # 6 offline updates, then 4 per episode
+    played.clear()
+    true_update = moto.Run.update
+
+    def stopping(self, bar, stage):
+        if self.state["updates"] == 12:
+            moto.asked["signal"] = signal.SIGTERM
+        true_update(self, bar, stage)
+    monkeypatch.setattr(moto.Run, "update", stopping)
+    assert run(dots, tmp_path / "halves", lag=1, online_episodes=4) == 128 + signal.SIGTERM
+    monkeypatch.setattr(moto.Run, "update", true_update)
+    assert run(dots, tmp_path / "halves", lag=1, online_episodes=4) == 0
+    assert played == [(0, 6.0), (1, 6.0), (2, 10.0), (3, 14.0)]
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "halves")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("stop_at", [3, 6, 8, 10])                             # offline, the boundary, inside an episode's updates, between
@@ -884,6 +940,85 @@ def test_metaworld_protocol(drawer):
     assert drawer.env.curr_path_length == 10
     image, reward, terminal, over, success = drawer.step(np.zeros(4))
     assert drawer.env.curr_path_length == 12 and (reward, terminal, over, success) == (0.0, False, False, False)
+
+
+def test_leaving_out_what_is_out_of_view_changes_no_pixel(drawer):
+    drawer.reset([0, 5])
+    left_out = set()
+    for t in range(40):
+        image, *_ = drawer.step(drawer.scripted_action())
+        left_out.add(int(drawer.out_of_view().sum()))
+        drawer.env.model.geom_group[:] = drawer.groups
+        drawer.renderer.update_scene(drawer.env.data, drawer.camera)
+        np.testing.assert_array_equal(image, drawer.renderer.render())
+    assert min(left_out) >= 4
+
+
+def test_players_in_processes_play_what_one_process_plays(tmp_path):
+    """Two processes, and an episode in flight while the learner learns: metrics, episodes and weights equal to those of one."""
+    finals = []
+    for workers in (1, 2):
+        logdir = tmp_path / str(workers)
+        done = child("import moto, sys; sys.exit(moto.main(sys.argv[1:]))", *flags(
+            task="drawer-open", preset="debug", precision="float32", device="cpu", lag=1, workers=workers, episode_steps=50, eval_episodes=3,
+            offline_updates=5, online_episodes=3, updates_per_episode=3, eval_every=5, demos=1, cache=tmp_path / "demos", logdir=logdir))
+        assert done.returncode == 0, done.stderr
+        with np.load(logdir / "episodes" / "00002.npz") as file:
+            episode = file["action"]
+        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in moto.read_metrics(logdir / "metrics.jsonl")]
+        finals.append((weights(logdir), episode, rows))
+    (a, first, rows), (b, second, others) = finals
+    np.testing.assert_array_equal(first, second)
+    assert rows == others and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_player_that_dies_is_one_sentence(drawer):
+    cfg = moto.build_config(task="drawer-open", preset="debug", workers=2, device="cpu")
+    players, policy = moto.Players(cfg, drawer), moto.Agent(cfg, 4, False, "cpu").acting
+    try:
+        pid = players.pool.submit(os.getpid).result()
+        waiting = players.play(policy, [[0, 2, i] for i in range(4)])
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(moto.Trouble, match="--workers"):
+            list(waiting)
+    finally:
+        players.close()
+
+
+def test_players_end_with_their_parent(tmp_path):
+    """kill -9 of the program leaves no process behind."""
+    code = ("import moto, sys, os, signal\nif __name__ == '__main__':\n"
+            " cfg = moto.build_config(task='drawer-open', preset='debug', workers=2, device='cpu')\n"
+            " players = moto.Players(cfg, None)\n print(*{players.pool.submit(os.getpid).result() for _ in range(8)}, flush=True)\n"
+            " os.kill(os.getpid(), signal.SIGKILL)")
+    done = child(code)
+    pids = [int(word) for word in done.stdout.split()]
+    assert pids and done.returncode == -signal.SIGKILL
+    for _ in range(200):
+        if not any(os.path.exists(f"/proc/{pid}/cmdline") and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids):
+            break
+        signal.sigtimedwait([], 0.1)
+    else:
+        raise AssertionError("players outlived their parent")
+
+
+def test_bench_measures_and_its_parts_add_up(capsys):
+    assert moto.main(["--bench", "--json", *flags(task="drawer-open", preset="debug", device="cpu", precision="float32"), "--no-compile"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {"updates_per_second", "fraction_of_peak", "speedup_over_eager_fp32", "env_steps_per_second", "render_speedup",
+            "peak_memory_gb"} <= result.keys()
+    assert all(result[name] > 0 for name in ("updates_per_second", "env_steps_per_second", "render_speedup", "peak_memory_gb"))
+    assert 0 < result["fraction_of_peak"] < 1 and set(result["forms"]) == {"plain", "eager"}
+    parts = result["parts"]
+    whole = parts.pop("whole update")
+    assert 0.85 < sum(part["gflop"] for part in parts.values()) / whole["gflop"] < 1.15      # counted, not timed
+    assert set(parts) == {"data", "encoder", "recurrent pass", "decoder and model loss", "imagination", "critic", "actor", "optimisers"}
+    assert set(result["growth"]) == {"batch B", "sequence length T", "ensemble K", "horizon H", "width", "sampling"}
+
+
+def test_operations_are_counted_right():
+    a, b = torch.randn(8, 16), torch.randn(16, 32)
+    assert moto.flops(lambda: a @ b) == 2 * 8 * 16 * 32
 
 
 def test_scripted_demonstrations_succeed_are_cached_and_never_reused_wrongly(drawer, tmp_path):
