@@ -974,6 +974,7 @@ class MetaWorld:
     def describe(self):
         """All that decides what an image looks like, for config.json and for the demonstrations' cache."""
         from OpenGL import GL
+        self.render()                                                # makes its own OpenGL context current
         return {"renderer": GL.glGetString(GL.GL_RENDERER).decode(), "camera": self.view,
                 "gl": os.environ.get("MUJOCO_GL", "default"), "quality": "no shadows, samples, reflections",
                 "mujoco": importlib.metadata.version("mujoco"),
@@ -1451,7 +1452,7 @@ class Players:
                 yield future.result()
             except BrokenExecutor:
                 raise Trouble("a process that plays episodes died (out of memory?); repeat the command with "
-                              "fewer --workers: it continues from the last checkpoint") from None
+                              "--workers 1: it continues from the last checkpoint") from None
 
     def peak_memory_gb(self):
         """Of all processes together."""
@@ -1471,7 +1472,11 @@ def become_a_player(cfg):
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
-    env = make_env(cfg)
+    try:
+        env = make_env(cfg)
+    except Trouble as trouble:                                       # a task that only the parent knows
+        print(f"moto: in a process that plays episodes: {trouble}", file=sys.stderr, flush=True)
+        os._exit(2)
     agent = Agent(dataclasses.replace(cfg, device="cpu"), env.action_size, env.terminates, "cpu")
     player.update(cfg=cfg, env=env, policy=agent.acting)
 
@@ -2109,7 +2114,8 @@ def evaluate_run(logdir, episodes):
         config = json.loads((Path(logdir) / "config.json").read_text())["config"]
         known = {f.name for f in dataclasses.fields(Config)}
         same = {name: value for name, value in config.items() if name in known}
-        cfg = build_config(**same | {"logdir": str(logdir), "device": "auto", "workers": 0})
+        cfg = build_config(**same | {"logdir": str(logdir), "device": "auto",
+                                      "workers": min(config["workers"], cores())})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Trouble(f"{logdir} is no run folder ({error}); --evaluate takes a run's --logdir") from None
     run = Run(cfg, fresh_ok=False)

@@ -527,14 +527,14 @@ def after_updates(cfg, compiled=False, count=3):
 
 @pytest.mark.parametrize("precision,compiled,tolerance", [("float32", False, 1e-4), ("bfloat16", False, 0.03), ("float32", True, 1e-4),
                                                           ("bfloat16", True, 0.03)])
-def test_the_fast_forms_agree_with_the_plain_one(monkeypatch, precision, compiled, tolerance):
+def test_the_fast_forms_agree_with_the_plain_one(precision, compiled, tolerance):
     """channels last, bfloat16 and torch.compile against float32, eager, contiguous: every metric of three updates, and their sum
     in the weights. Tolerances are relative (for metrics near zero: to 0.1); float32 differs by rounding, bfloat16 keeps 8 bits."""
-    import torch._inductor.config
-    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)        # the same random numbers as eager
+    import torch._inductor
     sizes = dict(hidden=32, deter=32, length=4)
     plain, weights, agent = after_updates(tiny(precision="float32", compile=False, **sizes))
-    fast, moved, other = after_updates(tiny(precision=precision, compile=True, **sizes), compiled)
+    with torch._inductor.config.patch(fallback_random=True):                    # the same random numbers as eager
+        fast, moved, other = after_updates(tiny(precision=precision, compile=True, **sizes), compiled)
     assert agent.model.encoder.convolutions[2].weight.is_contiguous()
     assert other.model.encoder.convolutions[2].weight.is_contiguous(memory_format=torch.channels_last)
     for ours, theirs in zip(fast, plain):
@@ -641,6 +641,10 @@ def weights(logdir):
     return flat(state)
 
 
+def same(a, b):
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
 def run(dots, logdir, **changes):
     moto.asked["signal"] = None
     return moto.main(flags(**(TINY | {"data": dots, "logdir": logdir} | changes)))
@@ -677,7 +681,7 @@ def test_with_a_lag_the_policy_of_the_block_before_plays_and_a_resumed_run_knows
     assert run(dots, tmp_path / "halves", lag=1, online_episodes=4) == 0
     assert played == [(0, 6.0), (1, 6.0), (2, 10.0), (3, 14.0)]
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "halves")
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert len(a) == len(b) and all(map(same, a, b))
 
 
 @pytest.mark.parametrize("stop_at", [3, 6, 8, 10])                             # offline, the boundary, inside an episode's updates, between
@@ -698,7 +702,7 @@ def test_stop_and_resume_equals_never_stopping_bit_for_bit(finished, dots, tmp_p
     torch.manual_seed(999)
     assert run(dots, tmp_path, save_every=100) == 0
     whole, parts = weights(finished), weights(tmp_path)
-    assert len(whole) == len(parts) and all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(whole, parts))
+    assert len(whole) == len(parts) and all(map(same, whole, parts))
     updates = [r["updates"] for r in moto.read_metrics(tmp_path / "metrics.jsonl") if "model/image" in r]
     assert updates == list(range(1, 15))
 
@@ -732,7 +736,7 @@ def test_a_longer_budget_continues_a_finished_run_and_scores_it_again(finished, 
 def test_a_finished_run_repeated_changes_nothing(finished, dots):
     before = weights(finished)
     assert run(dots, finished) == 0
-    assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(before, weights(finished)))
+    assert all(map(same, before, weights(finished)))
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(dots, tmp_path, capsys):
@@ -969,7 +973,7 @@ def test_players_in_processes_play_what_one_process_plays(tmp_path):
         finals.append((weights(logdir), episode, rows))
     (a, first, rows), (b, second, others) = finals
     np.testing.assert_array_equal(first, second)
-    assert rows == others and all(torch.equal(a[name], b[name]) for name in a)
+    assert rows == others and all(map(same, a, b))
 
 
 def test_a_player_that_dies_is_one_sentence(drawer):
