@@ -724,7 +724,7 @@ class Agent:
         metrics |= more | self.step(loss, *learners)
         update_target(self.target, self.critic, self.cfg.target_rate)
         self.acting.follow(self.model, self.actor, self.cfg.acting_rate)
-        values = torch.stack([value.detach().float() for value in metrics.values()]).tolist()   # one transfer
+        values = torch.stack([value.float() for value in metrics.values()]).tolist()           # one transfer
         return dict(zip(metrics, values))
 
     def model_terms(self, batch):
@@ -744,9 +744,8 @@ class Agent:
         """
         cfg, model = self.cfg, self.model
         behaviour = behaviour_loss(self.actor, feat, batch["a"], batch["demonstrated"])
-        metrics = {"actor/behaviour_nll": behaviour}
         if not cfg.value_weight:
-            return behaviour, metrics
+            return behaviour, {"actor/behaviour_nll": behaviour.detach()}
         start = feat.flatten(0, 1)
         dream = imagine(model, self.actor, start[:, :cfg.deter], start[:, cfg.deter:], cfg.horizon)
         reward = model.expected_reward(dream["feat"][1:])
@@ -761,10 +760,12 @@ class Agent:
         real = critic_loss(self.critic(feat[:, :-1], batch["a"][:, 1:]), y, batch["leaves"], self.critic.unit)
         q = self.critic(dream["feat"][:-1].detach(), dream["a"][:-1].detach())
         dreamt = critic_loss(q, V[:-1], running[:-1], self.critic.unit)
-        metrics |= {
-            "actor/value": V[0].mean() * (1 - cfg.gamma), "actor/entropy": -dream["logp"][0].mean(),
-            "critic/real": real, "critic/imagined": dreamt, "imagined/reward": reward.mean(),
+        metrics = {
+            "actor/behaviour_nll": behaviour, "actor/value": V[0].mean() * (1 - cfg.gamma),
+            "actor/entropy": -dream["logp"][0].mean(), "critic/real": real,
+            "critic/imagined": dreamt, "imagined/reward": reward.mean(),
             "imagined/disagreement": dream["u"].mean() / model.typical_u}
+        metrics = {name: value.detach() for name, value in metrics.items()}
         return loss_actor + cfg.real_weight * real + dreamt, metrics
 
     @torch.no_grad()
@@ -1444,19 +1445,26 @@ class Players:
         if self.pool is None:
             return (rollout(self.cfg, self.env, policy, seed, noise_seed) for seed in seeds)
         weights = {name: value.cpu().numpy().copy() for name, value in policy.state_dict().items()}
-        return self.results([self.pool.submit(play_here, weights, seed, noise_seed) for seed in seeds])
+        with self.alive():
+            futures = [self.pool.submit(play_here, weights, seed, noise_seed) for seed in seeds]
+        return (self.result(future) for future in futures)
 
-    def results(self, futures):
-        for future in futures:
-            try:
-                yield future.result()
-            except BrokenExecutor:
-                raise Trouble("a process that plays episodes died (out of memory?); repeat the command with "
-                              "--workers 1: it continues from the last checkpoint") from None
+    def result(self, future):
+        with self.alive():
+            return future.result()
+
+    @contextlib.contextmanager
+    def alive(self):
+        """Raises Trouble where a process has died."""
+        try:
+            yield
+        except BrokenExecutor:
+            raise Trouble("a process that plays episodes died (out of memory?); repeat the command with "
+                          "--workers 1: it continues from the last checkpoint") from None
 
     def peak_memory_gb(self):
-        """Of all processes together."""
-        return self.cfg.workers * self.pool.submit(peak_memory_gb).result() if self.pool else 0.0
+        """Of the processes together: one's, times their number."""
+        return self.cfg.workers * self.result(self.pool.submit(peak_memory_gb)) if self.pool else 0.0
 
     def close(self):
         if self.pool:
@@ -1763,12 +1771,12 @@ def synthetic_replay(cfg, episodes):
     return store
 
 
-def learner(cfg, compiled=False):
-    """An agent, and a call that updates it once on synthetic data; three updates warm it up."""
+def learner(cfg, compiled=False, warm=3):
+    """An agent, and a call that updates it once on synthetic data; some updates warm it up."""
     agent, store = Agent(cfg, 4, False, cfg.device, compiled), synthetic_replay(cfg, 10)
     rng = np.random.default_rng(0)
     update = lambda: agent.update(store.sample(rng, cfg.batch, cfg.length))
-    for _ in range(3):
+    for _ in range(warm):
         update()
     return agent, update
 
@@ -1840,7 +1848,7 @@ def bench_parts(cfg, repeat=10):
     return {name: {"ms": ms[name], "gflop": gflop[name]} for name in order}
 
 
-def bench_growth(cfg, repeat=5):
+def bench_growth(cfg, repeat=4):
     """Milliseconds per update at half, at once and at twice each size, the others as configured; and per
     sampled batch with 10, 100 and 1,000 episodes in the replay."""
     table = {}
@@ -1849,7 +1857,7 @@ def bench_growth(cfg, repeat=5):
         calls = {}
         for factor in (0.5, 1, 2):
             sizes = {name: max(2, round(factor * getattr(cfg, name))) for name in names}
-            calls[f"{factor:g}x"] = learner(dataclasses.replace(cfg, **sizes))[1]
+            calls[f"{factor:g}x"] = learner(dataclasses.replace(cfg, **sizes), warm=1)[1]
         table[label] = {size: 1e3 * value for size, value in medians(calls, repeat, cfg.device).items()}
     rng, calls = np.random.default_rng(0), {}
     for episodes in (10, 100, 1000):

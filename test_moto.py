@@ -521,7 +521,7 @@ def after_updates(cfg, compiled=False, count=3):
     """Metrics and weights after some updates from one set of weights, one batch and one stream of random numbers."""
     agent = moto.Agent(cfg, 2, True, "cpu", compiled)
     torch.manual_seed(5)
-    metrics = [agent.update(batch_of(cfg)) for _ in range(count)]
+    metrics = [agent.update(batch_of(cfg, T=2)) for _ in range(count)]         # short: compiling unrolls the steps
     return metrics, torch.cat([p.detach().flatten() for p in agent.modules["model"].parameters()]), agent
 
 
@@ -531,7 +531,7 @@ def test_the_fast_forms_agree_with_the_plain_one(precision, compiled, tolerance)
     """channels last, bfloat16 and torch.compile against float32, eager, contiguous: every metric of three updates, and their sum
     in the weights. Tolerances are relative (for metrics near zero: to 0.1); float32 differs by rounding, bfloat16 keeps 8 bits."""
     import torch._inductor
-    sizes = dict(hidden=32, deter=32, length=4)
+    sizes = dict(hidden=32, deter=32, horizon=1)
     plain, weights, agent = after_updates(tiny(precision="float32", compile=False, **sizes))
     with torch._inductor.config.patch(fallback_random=True):                    # the same random numbers as eager
         fast, moved, other = after_updates(tiny(precision=precision, compile=True, **sizes), compiled)
