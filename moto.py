@@ -1887,14 +1887,10 @@ def bench(cfg, as_json):
 
     The figures at the top level are those of the form that is fastest once it runs, named in `form`.
     """
-    if cfg.device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
     learner(cfg)
     result = {"machine": machine(cfg.device), "torch": torch.__version__, "threads": torch.get_num_threads(),
               "preset": cfg.preset, "device": cfg.device, "precision": cfg.precision,
-              "peak_memory_gb": peak_memory_gb()}
-    if cfg.device.startswith("cuda"):
-        result["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 2 ** 30
+              "peak_memory_gb": peak_memory_gb(), "gpu_memory_gb": gpu_memory_gb(cfg.device)}
     stages = {"forms": bench_forms, "parts": bench_parts, "growth": bench_growth, "env": bench_env}
     for name, stage in tqdm(stages.items(), desc="bench", leave=False):
         result[name] = stage(cfg)
@@ -1924,9 +1920,7 @@ def bench_text(r):
     lines += ["", f"simulator: {r['env_steps_per_second']:.0f} steps/s with pictures; a picture takes "
               f"{r['render_ms']:.2f} ms, by default {r['default_render_ms']:.1f}: "
               f"{r['render_speedup']:.1f} times faster",
-              f"peak memory: {r['peak_memory_gb']} GB"]
-    if "gpu_memory_gb" in r:
-        lines[-1] += f", on the GPU {r['gpu_memory_gb']:.1f} GB"
+              f"peak memory: {r['peak_memory_gb']} GB, of a GPU {r['gpu_memory_gb']} GB"]
     return "\n".join(lines)
 
 
@@ -2093,7 +2087,8 @@ def finish(run):
         "eval_episodes": final["episodes"],
         "updates": run.state["updates"], "env_steps": run.state["env_steps"],
         "wall_seconds": seconds | {"total": round(sum(seconds.values()), 1)}, "device": cfg.device,
-        "peak_memory_gb": round(peak_memory_gb() + run.players.peak_memory_gb(), 2)})
+        "peak_memory_gb": round(peak_memory_gb() + run.players.peak_memory_gb(), 2),
+        "gpu_memory_gb": gpu_memory_gb(cfg.device)})
     print(f"success offline {offline['success']:.0%}, final {final['success']:.0%} (over {final['episodes']} "
           f"fresh episodes) in {sum(seconds.values()) / 60:.1f} minutes; pictures and weights: {run.dir}")
 
@@ -2107,6 +2102,11 @@ def machine(device):
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
         return f"{cores()} cores of {name} ({torch.backends.cpu.get_cpu_capability()})"
     return f"{cores()} CPU cores, {platform.machine()}"
+
+
+def gpu_memory_gb(device):
+    """The most GPU memory that tensors held at once, in GiB; zero on a CPU."""
+    return round(torch.cuda.max_memory_allocated(device) / 2 ** 30, 2) if device.startswith("cuda") else 0.0
 
 
 def peak_memory_gb():

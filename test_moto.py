@@ -456,7 +456,7 @@ def test_one_backward_pass_gives_actor_and_critic_their_own_gradients_alone(agen
     parts = {}
     true_actor_loss, true_critic_loss = moto.actor_loss, moto.critic_loss
     moto.actor_loss = lambda *args: parts.setdefault("actor", true_actor_loss(*args))
-    moto.critic_loss = lambda *args: parts.setdefault("critic", true_critic_loss(*args))
+    moto.critic_loss = lambda *args: parts.setdefault(f"critic {len(parts)}", true_critic_loss(*args))
     try:
         with moto.frozen(agent.model):
             agent.policy_terms(feat, batch)
@@ -468,7 +468,7 @@ def test_one_backward_pass_gives_actor_and_critic_their_own_gradients_alone(agen
             module.zero_grad()
         loss.backward(retain_graph=True)
         reached[name] = {n for n, m in agent.modules.items() if any(p.grad is not None and p.grad.any() for p in m.parameters())}
-    assert reached == {"actor": {"actor"}, "critic": {"critic"}}
+    assert reached == {"actor": {"actor"}, "critic 1": {"critic"}, "critic 2": {"critic"}}      # real and imagined
 
 
 def test_the_behaviour_gradient_reaches_the_representation_only_by_its_weight():
@@ -995,7 +995,7 @@ def test_players_end_with_their_parent(tmp_path):
             " cfg = moto.build_config(task='drawer-open', preset='debug', workers=2, device='cpu')\n"
             " players = moto.Players(cfg, None)\n print(*{players.pool.submit(os.getpid).result() for _ in range(8)}, flush=True)\n"
             " os.kill(os.getpid(), signal.SIGKILL)")
-    done = child(code)
+    done = child(code, timeout=100)                                             # they would hold its output open
     pids = [int(word) for word in done.stdout.split()]
     assert pids and done.returncode == -signal.SIGKILL
     for _ in range(200):
@@ -1015,7 +1015,7 @@ def test_bench_measures_and_its_parts_add_up(capsys):
     assert 0 < result["fraction_of_peak"] < 1 and set(result["forms"]) == {"plain", "eager"}
     parts = result["parts"]
     whole = parts.pop("whole update")
-    assert 0.85 < sum(part["gflop"] for part in parts.values()) / whole["gflop"] < 1.15      # counted, not timed
+    assert 0.98 < sum(part["gflop"] for part in parts.values()) / whole["gflop"] < 1.02      # counted, not timed
     assert set(parts) == {"data", "encoder", "recurrent pass", "decoder and model loss", "imagination", "critic", "actor", "optimisers"}
     assert set(result["growth"]) == {"batch B", "sequence length T", "ensemble K", "horizon H", "width", "sampling"}
 
