@@ -1995,7 +1995,7 @@ def can_compile(cfg):
 
 
 def compiling_pays(cfg):
-    """torch.compile takes one or two minutes on a CPU and saves about a fifth of each update."""
+    """torch.compile takes one or two minutes on a CPU and saves an eighth of each update."""
     planned = cfg.offline_updates + cfg.online_episodes * cfg.updates_per_episode
     return cfg.compile and can_compile(cfg) and (cfg.device.startswith("cuda") or planned >= 5000)
 
