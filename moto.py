@@ -98,9 +98,11 @@ class Config:
     horizon: int = opt(5, "H, imagined steps [LOMPO: 5]")
     gamma: float = opt(0.98, "discount")
     lam: float = opt(0.95, "lam, Eq 9: 0 one-step values, 1 the whole horizon [DreamerV2: 0.95]")
-    alpha: float = opt(0.02, "penalty, Eq 7: reward lost per unit of u; the unit is its mean on the data")
+    alpha: float = opt(0.1, "penalty, Eq 7: reward lost where u exceeds its mean on the data by once that")
     beta: float = opt(0.3, "weight of the behaviour term, Eq 14")
     eta: float = opt(1e-4, "weight of the entropy term, Eq 14")
+    min_std: float = opt(0.05, "smallest deviation of the policy, before the tanh [DreamerV2: 0.1]")
+    imitate_success: bool = opt(True, "online episodes that succeed join the offline data (DEPARTURE)")
     real_weight: float = opt(1.0, "weight of real transitions, Eq 11; 0: critics learn in imagination alone")
     value_weight: float = opt(1.0, "weight of the value in the actor's loss, Eq 14; 0: behaviour cloning")
     target_rate: float = opt(0.1, "Eq 12: step of the target critics towards the critics")
@@ -109,6 +111,12 @@ class Config:
     actor_lr: float = opt(3e-4, "learning rate of the actor [LOMPO: 3e-4]")
     critic_lr: float = opt(1e-3, "learning rate of the critics [LOMPO: 3e-4]")
     grad_clip: float = opt(100.0, "largest norm of each optimiser's gradient")
+    # The model-free baselines
+    frames: int = opt(3, "images stacked [paper: 3]")
+    shift: int = opt(3, "random shifts of the images, in pixels of 64 [DrQ: 4 of 84]; 0: none")
+    expectile: float = opt(0.5, "IQL: expectile of V [paper: 0.5]")
+    temperature: float = opt(3.0, "IQL: sharpness of the advantage's weight [paper: 3]")
+    cql_weight: float = opt(5.0, "CQL: weight of the conservative term [paper: 5]; 0 is SAC")
     # Loops
     offline_updates: int = opt(250, "N, updates before the first online episode [paper: 1000 on Meta-World]")
     online_episodes: int = opt(45, "online episodes [paper: up to 500]")
@@ -136,7 +144,10 @@ VARIANTS = {
     "no-bc": dict(beta=0.0, repr_weight=0.0),
     "no-bc-no-unc": dict(alpha=0.0, beta=0.0, repr_weight=0.0),
     "dreamerv2": dict(alpha=0.0, beta=0.0, repr_weight=0.0, real_weight=0.0),   # nor real transitions
-    "bc": dict(value_weight=0.0, eta=0.0, online_episodes=0),                   # the behaviour prior alone
+    "bc": dict(online_episodes=0),                                              # these four have no model
+    "iql": {},
+    "cql": {},
+    "sac": dict(cql_weight=0.0),
 }
 
 
@@ -149,11 +160,14 @@ class Trouble(Exception):
 # ------------------------------------------------------------------------------------------------------------
 
 class Encoder(nn.Module):
-    """Image (N, 3, P, P) in [-0.5, 0.5] -> embedding (N, E): four strided convolutions and a linear layer."""
+    """Image (N, 3, P, P) in [-0.5, 0.5] -> embedding (N, E): four strided convolutions and a linear layer.
 
-    def __init__(self, cfg):
+    The model-free baselines stack several images along the channels.
+    """
+
+    def __init__(self, cfg, images=1):
         super().__init__()
-        widths = [3] + [cfg.channels * m for m in (1, 2, 4, 8)]
+        widths = [3 * images] + [cfg.channels * m for m in (1, 2, 4, 8)]
         self.convolutions = nn.Sequential(*[layer for i, o in zip(widths, widths[1:])
                                             for layer in (nn.Conv2d(i, o, 4, 2, 1), nn.SiLU())])
         self.out = nn.Linear(widths[-1] * (cfg.image_size // 16) ** 2, cfg.hidden)
@@ -260,15 +274,15 @@ class TanhNormal:
 
 
 class Actor(nn.Module):
-    """Feature (..., F) -> TanhNormal over actions (..., A). The deviation lies in (0.1, 2.1) [DreamerV2]."""
+    """Feature (..., F) -> TanhNormal over actions (..., A). The deviation lies in (min_std, 2 + min_std)."""
 
     def __init__(self, cfg, action_size):
         super().__init__()
-        self.net = mlp(cfg.deter + cfg.stoch, cfg.hidden, 2 * action_size)
+        self.cfg, self.net = cfg, mlp(cfg.deter + cfg.stoch, cfg.hidden, 2 * action_size)
 
     def forward(self, feat):
         mean, raw = self.net(feat).float().chunk(2, -1)
-        return TanhNormal(mean, 2 * torch.sigmoid(raw / 2) + 0.1)
+        return TanhNormal(mean, 2 * torch.sigmoid(raw / 2) + self.cfg.min_std)
 
 
 class Critic(nn.Module):
@@ -448,16 +462,17 @@ def disagreement(means):
     return (variance + 1e-12).sqrt().mean(-1)                        # SHARP: the root has no slope at zero
 
 
-def penalised_reward(reward, u, alpha, typical_u=1.0):
+def penalised_reward(reward, u, alpha, typical_u):
     """Eq 7: what the imagination pays.
 
         r~(s, a) = E[r(s')] - alpha u(s, a)
 
-    reward, u: (...). DEPARTURE: u is divided by `typical_u`, its running mean on the data, so that alpha is
-    in units of reward per "as uncertain as on the data" and keeps its meaning while the model learns.
-    Source: MOPO, LOMPO.
+    reward, u: (...). DEPARTURE: what counts as u here is its excess over `typical_u`, its running mean on the
+    data, in units of that: max(0, u / typical_u - 1). The heads never agree to the last digit even where
+    there is data, and a price on that would be one on acting at all; and alpha keeps its meaning while the
+    model learns, and across tasks. Source: MOPO, LOMPO.
     """
-    return reward - alpha * u / typical_u
+    return reward - alpha * (u / typical_u - 1).clamp(min=0)
 
 
 def imagine(model, actor, h, z, horizon):
@@ -515,14 +530,18 @@ def critic_target(r, terminal, V0, gamma):
     return r[:, 1:] + gamma * (1 - terminal[:, 1:]) * V0[:, 1:]
 
 
+def weighted_mean(value, weight):
+    """Mean of `value` over the entries that `weight` (same shape, zeros and ones or shares) counts."""
+    return (weight * value).sum() / weight.sum().clamp(min=1)
+
+
 def critic_loss(q, y, weight, unit):
     """Eq 11: weighted mean squared error of both critics, in the units of Critic.
 
     q (2, ...), y, weight (...) -> scalar. The targets carry no gradient. The two critics differ by their
     initialisation; the smaller one is used in V [TD3].
     """
-    error = ((q - y.detach()) / unit).square().sum(0)
-    return (weight * error).sum() / weight.sum().clamp(min=1)
+    return weighted_mean(((q - y.detach()) / unit).square().sum(0), weight)
 
 
 @torch.no_grad()
@@ -543,8 +562,7 @@ def behaviour_loss(actor, feat, a, weight):
     it is behaviour cloning; inside Eq 14 it is the policy's anchor. Returns nats per action. Actions are
     moved to +-0.99 at most: at +-1 the density is infinite. Source: TD3+BC for its use beside a value.
     """
-    nll = -actor(feat[:, :-1]).log_prob(a[:, 1:].clamp(-0.99, 0.99))
-    return (weight * nll).sum() / weight.sum().clamp(min=1)
+    return weighted_mean(-actor(feat[:, :-1]).log_prob(a[:, 1:].clamp(-0.99, 0.99)), weight)
 
 
 def actor_loss(V0, behaviour, logp, weight, cfg):
@@ -556,7 +574,7 @@ def actor_loss(V0, behaviour, logp, weight, cfg):
     penalty and critic, not through a score function. (1 - gamma) puts the value on the scale of one step's
     reward, so that beta means the same at any discount. Sources: Dreamer, TD3+BC, SAC.
     """
-    value = (weight * V0).sum() / weight.sum().clamp(min=1) * (1 - cfg.gamma)
+    value = weighted_mean(V0, weight) * (1 - cfg.gamma)
     return -cfg.value_weight * value + cfg.beta * behaviour + cfg.eta * logp.mean()
 
 
@@ -636,6 +654,8 @@ class Policy(nn.Module):
         self.updates += 1
         update_target(self.model, model, rate)
         update_target(self.actor, actor, rate)
+        for mine, newest in zip(self.model.buffers(), model.buffers()):
+            mine.copy_(newest)
 
     @torch.no_grad()
     def act(self, image, state=None, generator=None):
@@ -656,35 +676,38 @@ class Policy(nn.Module):
         return a[0].cpu().numpy(), (h, z, a)
 
 
-class Agent:
-    """World model, actor, critics, their optimisers, and the one `update` that both phases share.
+class Learner:
+    """What every agent is: modules by name, an optimiser for some of them, one `step`, and its state.
 
-    `compiled`: model_terms and policy_terms go through torch.compile (with CUDA graphs on a GPU). The memory
-    layout of images is channels last, unless cfg.compile is off: then everything is torch's plain default.
+    A subclass calls `prepare` with its modules and has `update(batch)` -> metrics, `acting` (a Policy), and
+    `promise(image)`, what its critics expect at an episode's first image (None where it has no critics).
+    `trunk` names the module that turns images into features.
     """
+    trunk = "model"
 
-    def __init__(self, cfg, action_size, terminates, device, compiled=False):
+    def __init__(self, cfg, device):
         self.cfg, self.device = cfg, torch.device(device)
         torch.manual_seed(cfg.seed)
-        layout = torch.channels_last if cfg.compile else torch.contiguous_format
-        self.model = WorldModel(cfg, action_size, terminates).to(device, memory_format=layout)
-        self.actor = Actor(cfg, action_size).to(device)
-        self.critic = Critic(cfg, action_size).to(device)
-        self.target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.acting = Policy(self.model, self.actor)
-        self.modules = {"model": self.model, "actor": self.actor, "critic": self.critic,
-                        "target": self.target, "acting": self.acting}
-        rates = {"model": cfg.model_lr, "actor": cfg.actor_lr, "critic": cfg.critic_lr}
+
+    def prepare(self, rates, **modules):
+        """Put the modules on the device, in this config's memory layout, with Adam at each of `rates`."""
+        layout = torch.channels_last if self.cfg.compile else torch.contiguous_format
+        self.modules = {name: m.to(self.device, memory_format=layout) for name, m in modules.items()}
+        vars(self).update(self.modules)
         self.optimisers = {
             name: torch.optim.Adam(self.modules[name].parameters(), lr=rate, eps=1e-6, fused=True)
             for name, rate in rates.items()}
-        if compiled:
-            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-            self.model_terms = torch.compile(self.model_terms, mode=mode)
-            self.policy_terms = torch.compile(self.policy_terms, mode=mode)
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.precision == "bfloat16")
+
+    def arrive(self, batch):
+        """A sampled batch on the device, with two weights (B, T-1): `leaves`, one where a_{t+1} leaves s_t,
+        and `imitated`, where it does and belongs to the offline data."""
+        batch = {name: torch.as_tensor(value).to(self.device) for name, value in batch.items()}
+        batch["leaves"] = (~batch["first"][:, 1:]).float()
+        batch["imitated"] = batch["leaves"] * batch["offline"][:, 1:]
+        return batch
 
     def step(self, loss, *names):
         """One optimiser step on `loss` for each of the named modules. Returns their gradients' norms.
@@ -704,14 +727,60 @@ class Agent:
             self.optimisers[name].step()
         return norms
 
+    def state_dict(self):
+        return {"modules": {name: module.state_dict() for name, module in self.modules.items()},
+                "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()}}
+
+    def load_state_dict(self, state):
+        """Set everything, or, from a published checkpoint, what acts and promises, and what follows of it."""
+        for name, module in state["modules"].items():
+            self.modules[name].load_state_dict(module)
+        for name, optimiser in state.get("optimisers", {}).items():
+            self.optimisers[name].load_state_dict(state["optimisers"][name])
+        if "optimisers" not in state:
+            self.modules[self.trunk].load_state_dict(self.acting.model.state_dict())
+            self.actor.load_state_dict(self.acting.actor.state_dict())
+            if "critic" in self.modules:
+                self.critic.load_state_dict(self.target.state_dict())
+
+    def published(self):
+        """The averaged weights that act, with the target critics, in half precision: a tenth of the whole."""
+        def half(module):
+            return {name: v.half() if v.ndim else v for name, v in module.state_dict().items()}
+        return {"modules": {name: half(self.modules[name]) for name in ("acting", "target")
+                            if name in self.modules}}
+
+
+def as_numbers(metrics):
+    """A dict of scalar tensors -> floats, in one transfer."""
+    return dict(zip(metrics, torch.stack([value.detach().float() for value in metrics.values()]).tolist()))
+
+
+class Agent(Learner):
+    """World model, actor, critics, their optimisers, and the one `update` that both phases share.
+
+    `compiled`: model_terms and policy_terms go through torch.compile (with CUDA graphs on a GPU). The memory
+    layout of images is channels last, unless cfg.compile is off: then everything is torch's plain default.
+    """
+
+    def __init__(self, cfg, action_size, terminates, device, compiled=False):
+        super().__init__(cfg, device)
+        model = WorldModel(cfg, action_size, terminates)
+        actor, critic = Actor(cfg, action_size), Critic(cfg, action_size)
+        self.prepare({"model": cfg.model_lr, "actor": cfg.actor_lr, "critic": cfg.critic_lr},
+                     model=model, actor=actor, critic=critic, acting=Policy(model, actor),
+                     target=copy.deepcopy(critic).requires_grad_(False))
+        if compiled:
+            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+            self.model_terms = torch.compile(self.model_terms, mode=mode)
+            self.policy_terms = torch.compile(self.policy_terms, mode=mode)
+
     def update(self, batch):
         """One step of everything. batch: dict of image (B, T, P, P, 3) uint8, a (B, T, A) and r, terminal,
         first, offline (B, T), arrays or tensors. Returns metrics (floats). Raises FloatingPointError.
         """
         torch.compiler.cudagraph_mark_step_begin()                 # CUDA graphs reuse their memory from here
-        batch = {name: torch.as_tensor(value).to(self.device) for name, value in batch.items()}
-        batch["leaves"] = (~batch["first"][:, 1:]).float()           # one where a_{t+1} leaves s_t
-        batch["demonstrated"] = batch["leaves"] * batch["offline"][:, 1:]
+        batch = self.arrive(batch)
         with frozen(self.actor), self.autocast():
             loss, metrics, feat = self.model_terms(batch)
         metrics = metrics | self.step(loss, "model")
@@ -724,15 +793,14 @@ class Agent:
         metrics |= more | self.step(loss, *learners)
         update_target(self.target, self.critic, self.cfg.target_rate)
         self.acting.follow(self.model, self.actor, self.cfg.acting_rate)
-        values = torch.stack([value.float() for value in metrics.values()]).tolist()           # one transfer
-        return dict(zip(metrics, values))
+        return as_numbers(metrics)
 
     def model_terms(self, batch):
         """Eq 4, and the behaviour term's share in shaping the representation -> loss, metrics, feat."""
         batch = batch | {"x": to_image(batch["image"], plain=not self.cfg.compile)}
         loss, metrics, feat = model_loss(self.model, batch)
         if self.cfg.repr_weight:
-            shaping = behaviour_loss(self.actor, feat, batch["a"], batch["demonstrated"])
+            shaping = behaviour_loss(self.actor, feat, batch["a"], batch["imitated"])
             loss = loss + self.cfg.repr_weight * shaping
         return loss, metrics, feat.float()
 
@@ -743,7 +811,7 @@ class Agent:
         backward pass serves both.
         """
         cfg, model = self.cfg, self.model
-        behaviour = behaviour_loss(self.actor, feat, batch["a"], batch["demonstrated"])
+        behaviour = behaviour_loss(self.actor, feat, batch["a"], batch["imitated"])
         if not cfg.value_weight:
             return behaviour, {"actor/behaviour_nll": behaviour.detach()}
         start = feat.flatten(0, 1)
@@ -764,7 +832,8 @@ class Agent:
             "actor/behaviour_nll": behaviour, "actor/value": V[0].mean() * (1 - cfg.gamma),
             "actor/entropy": -dream["logp"][0].mean(), "critic/real": real,
             "critic/imagined": dreamt, "imagined/reward": reward.mean(),
-            "imagined/disagreement": dream["u"].mean() / model.typical_u}
+            "imagined/disagreement": dream["u"].mean() / model.typical_u,
+            "imagined/penalty": (reward - paid).mean()}
         metrics = {name: value.detach() for name, value in metrics.items()}
         return loss_actor + cfg.real_weight * real + dreamt, metrics
 
@@ -774,15 +843,205 @@ class Agent:
         _, (h, z, a) = self.acting.act(image)
         return float(self.target(torch.cat([h, z], -1), a).min() / self.target.unit)
 
-    def state_dict(self):
-        return {"modules": {name: module.state_dict() for name, module in self.modules.items()},
-                "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()}}
 
-    def load_state_dict(self, state):
-        for name, module in self.modules.items():
-            module.load_state_dict(state["modules"][name])
-        for name, optimiser in self.optimisers.items():
-            optimiser.load_state_dict(state["optimisers"][name])
+# ------------------------------------------------------------------------------------------------------------
+# The model-free baselines: the same encoder, actor, critics, replay and loops, without a model
+# ------------------------------------------------------------------------------------------------------------
+
+def random_shift(image, pixels):
+    """Move each image (N, P, P, C) by up to `pixels` up or down, left or right; the edge is repeated.
+
+    Without it critics on pixels learn the images by heart. Source: DrQ, Kostrikov et al. 2020.
+    """
+    N, P = image.shape[:2]
+    shift = torch.randint(-pixels, pixels + 1, (2, N, 1), device=image.device)
+    rows, columns = (torch.arange(P, device=image.device) + shift).clamp(0, P - 1)
+    return image[torch.arange(N, device=image.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def stacked(image, first, frames):
+    """Images of steps t - frames + 1 to t along the channels: (B, T, P, P, 3) -> (B, T', P, P, 3 * frames).
+
+    T' = T - frames + 1: a sequence's first steps are not in view whole. Before an episode's beginning
+    (`first`, (B, T)) its first image is repeated.
+    """
+    back, views = frames - 1, [image[:, frames - 1:]]
+    same = torch.ones_like(first[:, back:])
+    for n in range(1, frames):                                       # still the same episode n steps back?
+        same = same & ~first[:, back + 1 - n:first.shape[1] + 1 - n]
+        views.insert(0, torch.where(same[..., None, None, None], image[:, back - n:-n], views[0]))
+    return torch.cat(views, -1)
+
+
+class StackPolicy(Policy):
+    """What acts in the baselines: the encoder of the latest frames (`model`) and the actor."""
+
+    @torch.no_grad()
+    def act(self, image, state=None, generator=None):
+        """As Policy.act; the carried state is the frames before this one."""
+        x = to_image(torch.as_tensor(image, device=self.updates.device))[None]
+        frames = (*state[1:], x) if state else (x,) * self.actor.cfg.frames
+        policy = self.actor(self.model(torch.cat(frames, 1)))
+        a = policy.mode
+        if generator is not None:
+            a = policy.rsample(torch.randn(a.shape, generator=generator).to(a.device))[0]
+        return a[0].cpu().numpy(), frames
+
+
+class BC(Learner):
+    """Behaviour cloning from stacked frames: Eq 13 alone. The trunk of the baselines with critics, below.
+
+    Encoder -> feature (F), the input of the same Actor and Critic that MOTO has; layer norm and tanh keep it
+    bounded, as in DrQ. What trains the encoder is said by each class.
+    """
+    promise, trunk = None, "encoder"
+
+    def __init__(self, cfg, action_size, terminates, device, compiled=False):
+        super().__init__(cfg, device)
+        width = cfg.deter + cfg.stoch
+        encoder = nn.Sequential(Encoder(cfg, cfg.frames), nn.SiLU(), nn.Linear(cfg.hidden, width),
+                                nn.LayerNorm(width), nn.Tanh())
+        actor = Actor(cfg, action_size)
+        self.prepare(self.rates(cfg), encoder=encoder, actor=actor, acting=StackPolicy(encoder, actor),
+                     **self.more(cfg, action_size))
+
+    def rates(self, cfg):
+        """Learning rates by module."""
+        return {"encoder": cfg.actor_lr, "actor": cfg.actor_lr}
+
+    def more(self, cfg, action_size):
+        """Further modules of a subclass, by name."""
+        return {}
+
+    def update(self, batch):
+        """One step of everything; as Agent.update."""
+        batch = self.arrive(batch)
+        back = self.cfg.frames - 1                                   # the first steps have no whole stack
+        x = stacked(batch.pop("image"), batch["first"], self.cfg.frames)
+        batch = {name: value[:, back:] for name, value in batch.items()}
+        with self.autocast():
+            x = to_image(random_shift(x.flatten(0, 1), self.cfg.shift), plain=not self.cfg.compile)
+            feat = self.encoder(x).float().unflatten(0, batch["a"].shape[:2])
+            loss, metrics = self.losses(feat, batch)
+        metrics |= self.step(loss, *self.optimisers)
+        self.acting.follow(self.encoder, self.actor, self.cfg.acting_rate)
+        if "critic" in self.modules:
+            update_target(self.target, self.critic, self.cfg.target_rate)
+        return as_numbers(metrics)
+
+    def losses(self, feat, batch):
+        """feat (B, T', F) of the stacks, batch of (B, T', ...) -> loss, metrics."""
+        behaviour = behaviour_loss(self.actor, feat, batch["a"], batch["imitated"])
+        return behaviour, {"actor/behaviour_nll": behaviour}
+
+
+def expectile_loss(error, expectile, weight):
+    """L_tau(error) = |tau - 1(error < 0)| error^2, weighted mean: tau = 1/2 is half the mean square. IQL."""
+    return weighted_mean((expectile - (error < 0).float()).abs() * error.square(), weight)
+
+
+class IQL(BC):
+    """Implicit Q-learning, Kostrikov et al. 2021: no action outside the data is ever asked for its value.
+
+        V: expectile regression of Q(s, a) on the data;   Q(s, a) -> r + gamma V(s')
+        actor: maximise exp(temperature (Q - V)) ln pi(a|s), the weight at most 100
+
+    All three losses train the encoder.
+    """
+
+    def rates(self, cfg):
+        return {"encoder": cfg.critic_lr, "actor": cfg.actor_lr, "critic": cfg.critic_lr,
+                "value": cfg.critic_lr}
+
+    def more(self, cfg, action_size):
+        critic = Critic(cfg, action_size)
+        return {"critic": critic, "target": copy.deepcopy(critic).requires_grad_(False),
+                "value": mlp(cfg.deter + cfg.stoch, cfg.hidden, 1)}
+
+    def losses(self, feat, batch):
+        cfg, a, leaves, unit = self.cfg, batch["a"][:, 1:], batch["leaves"], self.critic.unit
+        q = self.target(feat[:, :-1].detach(), a).min(0).values
+        V = unit * self.value(feat).float().squeeze(-1)
+        advantage = q - V[:, :-1]
+        value = expectile_loss(advantage / unit, cfg.expectile, leaves)
+        y = critic_target(batch["r"], batch["terminal"], V, cfg.gamma)
+        critic = critic_loss(self.critic(feat[:, :-1], a), y, leaves, unit)
+        worth = (cfg.temperature * advantage.detach()).exp().clamp(max=100)
+        nll = -self.actor(feat[:, :-1]).log_prob(a.clamp(-0.99, 0.99))
+        actor = weighted_mean(worth * nll, leaves)
+        return value + critic + actor, {
+            "actor/behaviour_nll": weighted_mean(nll, batch["imitated"]), "critic/real": critic,
+            "critic/value": value, "actor/value": V.mean() / unit,
+            "actor/weight": weighted_mean(worth, leaves)}
+
+    @torch.no_grad()
+    def promise(self, image):
+        """What the critics promise at an episode's first image (P, P, 3), in units of 1 / (1 - gamma)."""
+        a, frames = self.acting.act(image)
+        feat, a = self.encoder(torch.cat(frames, 1)), torch.as_tensor(a, device=self.device)[None]
+        return float(self.target(feat, a).min() / self.target.unit)
+
+
+class CQL(IQL):
+    """Conservative Q-learning, Kumar et al. 2020, on soft actor-critic; with weight 0 it is SAC itself.
+
+        Q(s, a) -> r + gamma (min Q(s', a') - tau ln pi(a'|s')),  a' ~ pi       plus, for each critic,
+        cql_weight * E[ln integral of exp Q(s, .) - Q(s, a)]: actions of the data above all others
+        actor: maximise min Q(s, a) - tau ln pi(a|s);   tau such that the entropy nears -A
+
+    The integral is estimated from ten uniform actions, ten of pi at s and ten of pi at s', each divided by
+    its density. The critics' loss alone trains the encoder (DrQ).
+    """
+    samples = 10
+
+    def rates(self, cfg):
+        return {"encoder": cfg.critic_lr, "actor": cfg.actor_lr, "critic": cfg.critic_lr,
+                "log_tau": cfg.actor_lr}
+
+    def more(self, cfg, action_size):
+        log_tau = nn.ParameterList([nn.Parameter(torch.tensor(math.log(0.1)))])
+        return {name: m for name, m in super().more(cfg, action_size).items() if name != "value"} | {
+            "log_tau": log_tau}
+
+    def losses(self, feat, batch):
+        cfg, a, leaves, unit = self.cfg, batch["a"][:, 1:], batch["leaves"], self.critic.unit
+        still, (log_tau,) = feat.detach(), self.log_tau
+        policy = self.actor(still)
+        mine, logp = policy.rsample(torch.randn_like(policy.mean))                       # (B, T', A), (B, T')
+        V = (self.target(still, mine).min(0).values - log_tau.exp() * logp).detach()
+        y = critic_target(batch["r"], batch["terminal"], V, cfg.gamma)
+        q = self.critic(feat[:, :-1], a)
+        critic, gap = critic_loss(q, y, leaves, unit), q.new_zeros(())
+        if cfg.cql_weight:
+            gap = sum(weighted_mean(others - data, leaves)
+                      for others, data in zip(self.integral(feat, policy), q)) / unit ** 2     # as `critic`
+        with frozen(self.critic):
+            hope = self.critic(still, mine).min(0).values
+        actor = (log_tau.exp().detach() * logp - hope).mean() / unit
+        balance = -log_tau * (logp.detach() - a.shape[-1]).mean()
+        return critic + cfg.cql_weight * gap + actor + balance, {
+            "actor/behaviour_nll": behaviour_loss(self.actor, still, batch["a"], batch["imitated"]),
+            "critic/real": critic, "critic/gap": gap * unit ** 2, "actor/value": hope.mean() / unit,
+            "actor/entropy": -logp.mean(), "actor/tau": log_tau.exp()}
+
+    def integral(self, feat, policy):
+        """ln of the integral of exp Q(s, a) over a in [-1, 1]^A, for each critic: (2, B, T'-1)."""
+        B, T, A = policy.mean.shape
+        with torch.no_grad():
+            mine, logp = policy.rsample(torch.randn(self.samples, B, T, A, device=feat.device))
+            uniform = torch.rand_like(mine) * 2 - 1
+        actions = torch.cat([uniform[:, :, :-1], mine[:, :, :-1], mine[:, :, 1:]])        # (3 n, B, T'-1, A)
+        log_density = torch.cat([torch.full_like(logp[:, :, :-1], -A * math.log(2)),
+                                 logp[:, :, :-1], logp[:, :, 1:]])
+        q = self.critic(feat[:, :-1].expand(len(actions), -1, -1, -1), actions)
+        return (q - log_density).logsumexp(1) - math.log(len(actions))
+
+
+LEARNERS = {"bc": BC, "iql": IQL, "cql": CQL, "sac": CQL}               # every other variant: Agent
+
+
+def make_learner(cfg, action_size, terminates, device, compiled=False):
+    return LEARNERS.get(cfg.variant, Agent)(cfg, action_size, terminates, device, compiled)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -935,9 +1194,10 @@ class MetaWorld:
 
     The protocol of the authors' baselines: sparse reward (1 while `success` holds), action repeat, new object
     and goal positions at each reset, jittered hand, ten zero actions, no early termination. DEPARTURE:
-    shadows, multisampling and reflections are off, which renders much faster in software.
+    shadows, multisampling and reflections are off, which renders much faster in software. Instead each pixel
+    is the mean of `finer` x `finer` rendered ones: a hand is then located to fractions of a pixel (1 cm).
     """
-    action_size, terminates = 4, False
+    action_size, terminates, finer = 4, False, 2
     view = {"azimuth": 15, "elevation": -22.5, "distance": 0.75, "lookat": [-0.15, 0.65, 0.25]}
 
     def __init__(self, cfg):
@@ -960,7 +1220,8 @@ class MetaWorld:
             raise Trouble(f"--episode-steps is {cfg.episode_steps} but Meta-World allows at most {most}")
         quality = self.env.model.vis.quality
         quality.shadowsize = quality.offsamples = 0                  # SHARP: before the renderer is built
-        self.renderer = mujoco.Renderer(self.env.model, cfg.image_size, cfg.image_size)
+        side = self.finer * cfg.image_size
+        self.renderer = mujoco.Renderer(self.env.model, side, side)
         self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self.camera = mujoco.MjvCamera()
         for name, value in self.view.items():
@@ -977,7 +1238,8 @@ class MetaWorld:
         from OpenGL import GL
         self.render()                                                # makes its own OpenGL context current
         return {"renderer": GL.glGetString(GL.GL_RENDERER).decode(), "camera": self.view,
-                "gl": os.environ.get("MUJOCO_GL", "default"), "quality": "no shadows, samples, reflections",
+                "gl": os.environ.get("MUJOCO_GL", "default"), "supersampling": self.finer,
+                "quality": "no shadows, samples, reflections",
                 "mujoco": importlib.metadata.version("mujoco"),
                 "metaworld": importlib.metadata.version("metaworld")}
 
@@ -1009,7 +1271,8 @@ class MetaWorld:
         renderer spends its time on vertices, seen or not."""
         self.env.model.geom_group[:] = np.where(self.out_of_view(), 5, self.groups)
         self.renderer.update_scene(self.env.data, self.camera)
-        return self.renderer.render()
+        image, n = self.renderer.render().astype(np.uint16), self.finer
+        return (sum(image[i::n, j::n] for i in range(n) for j in range(n)) / n ** 2).round().astype(np.uint8)
 
     def default_env(self):
         """The same task as Gymnasium renders it by default, for comparison. This one can then render no more:
@@ -1201,9 +1464,11 @@ class Run:
         elif not fresh_ok:
             raise Trouble(f"{self.dir} holds no checkpoint; train one with: python moto.py --task {cfg.task}")
         self.env = make_env(cfg)
-        self.agent = Agent(cfg, self.env.action_size, self.env.terminates, cfg.device, compiling_pays(cfg))
+        self.agent = make_learner(cfg, self.env.action_size, self.env.terminates, cfg.device,
+                                  compiling_pays(cfg))
         self.player, self.playing = copy.deepcopy(self.agent.acting), None       # of the online episodes
         self.rng = np.random.default_rng(cfg.seed)
+        self.published = bool(checkpoint) and "optimisers" not in checkpoint["agent"]
         if checkpoint:
             self.restore(checkpoint)
         self.players = Players(cfg, self.env)
@@ -1254,9 +1519,11 @@ class Run:
         """Set everything to where the checkpoint left it, and forget the metrics written after it."""
         try:
             self.agent.load_state_dict(checkpoint["agent"])
+            self.state = checkpoint["state"]
+            if self.published:
+                return
             if self.cfg.lag:
                 self.player.load_state_dict(checkpoint["player"])
-            self.state = checkpoint["state"]
             self.rng.bit_generator.state = json.loads(checkpoint["numpy_rng"])
             torch.set_rng_state(checkpoint["torch_rng"])
             if self.agent.device.type == "cuda" and "cuda_rng" in checkpoint:
@@ -1279,14 +1546,27 @@ class Run:
         steps = sum(len(e["image"]) for e in episodes)
         if steps < cfg.length:
             raise Trouble(f"the offline data has {steps} steps, fewer than one sequence; lower --length")
-        self.offline = Replay(steps, *shape, True, cfg.device)
         most = max(cfg.online_episodes, self.state["episodes"])     # a smaller budget may come after a larger
-        self.online = Replay(most * (cfg.episode_steps + 1), *shape, False, cfg.device)
+        space = most * (cfg.episode_steps + 1)
+        self.offline = Replay(steps + space * cfg.imitate_success, *shape, True, cfg.device)
+        self.online = Replay(space, *shape, False, cfg.device)
         for episode in episodes:
             self.offline.add(episode)
         for index in range(self.state["episodes"]):
-            self.online.add(load_episode(self.episode_path(index), *shape))
+            self.add_online(index)
         self.clock("demonstrations", started)
+
+    def add_online(self, index):
+        """Bring a saved online episode into memory. DEPARTURE: is it a success, it also joins the offline
+        data, and with it the behaviour prior, up to `demo_tail` steps beyond, as the demonstrations do."""
+        episode = load_episode(self.episode_path(index), self.cfg.image_size, self.env.action_size)
+        self.online.add(episode)
+        successes = np.flatnonzero(episode["reward"] >= self.cfg.success_reward)
+        if len(successes) and self.cfg.imitate_success:
+            L = min(successes[0] + 1 + self.cfg.demo_tail, len(episode["action"]))
+            whole = L == len(episode["action"])
+            self.offline.add({"image": episode["image"][:L + 1], "action": episode["action"][:L],
+                              "reward": episode["reward"][:L], "terminal": whole and episode["terminal"]})
 
     def episode_path(self, index):
         return self.dir / "episodes" / f"{index:05d}.npz"
@@ -1342,8 +1622,8 @@ class Run:
         self.pending.append(metrics)
         if n % cfg.log_every == 0:
             self.log({name: sum(m[name] for m in self.pending) / len(self.pending) for name in metrics})
-            shown = "model/image", "model/reward", "actor/behaviour_nll"
-            bar.set_postfix({name.split("/")[1]: f"{metrics[name]:.3g}" for name in shown})
+            shown = {"model/image", "actor/value", "actor/behaviour_nll"} & metrics.keys()
+            bar.set_postfix({name.split("/")[1]: f"{metrics[name]:.3g}" for name in sorted(shown)})
             self.pending = []
         if n % cfg.save_every == 0:
             self.save()
@@ -1485,7 +1765,7 @@ def become_a_player(cfg):
     except Trouble as trouble:                                       # a task that only the parent knows
         print(f"moto: in a process that plays episodes: {trouble}", file=sys.stderr, flush=True)
         os._exit(2)
-    agent = Agent(dataclasses.replace(cfg, device="cpu"), env.action_size, env.terminates, "cpu")
+    agent = make_learner(dataclasses.replace(cfg, device="cpu"), env.action_size, env.terminates, "cpu")
     player.update(cfg=cfg, env=env, policy=agent.acting)
 
 
@@ -1513,7 +1793,7 @@ def collect_online(run):
     episode = next(run.playing)
     run.playing, success = None, episode.pop("success")
     save_episode(run.episode_path(index), **episode)
-    run.online.add(load_episode(run.episode_path(index), cfg.image_size, run.env.action_size))
+    run.add_online(index)
     state["episodes"] += 1
     state["env_steps"] += len(episode["action"])
     if cfg.lag:
@@ -1528,19 +1808,21 @@ def evaluate(cfg, players, agent, episodes, first=0):
     """Mean-action episodes from the evaluation stream -> (result, the first four episodes).
 
     result: `success`, the share of episodes with any successful step; `return`, the discounted sum of rewards
-    up to the time limit, and `promise`, what the critics expected of it at the first image (they also count
-    what would come after the time limit), both in units of 1 / (1 - gamma); `episodes`.
+    up to the time limit, and `promise`, what the critics, if any, expected of it at the first image (they
+    also count what would come after the time limit), both in units of 1 / (1 - gamma); `episodes`.
     """
-    rows, kept = [], []
+    rows, promises, kept = [], [], []
     seeds = [episode_seed(cfg, "evaluation", first + index) for index in range(episodes)]
     played = players.play(agent.acting, seeds)
     for episode in tqdm(played, total=episodes, desc="evaluation", leave=False):
         discounted = (1 - cfg.gamma) * sum(cfg.gamma ** t * r for t, r in enumerate(episode["reward"]))
-        rows.append((episode["success"], discounted, agent.promise(episode["image"][0])))
+        rows.append((episode["success"], discounted))
+        promises += [agent.promise(episode["image"][0])] if agent.promise else []
         kept = (kept + [episode])[:4]
         exit_if_asked()
-    success, discounted, promise = np.mean(rows, 0).tolist()
-    return {"success": success, "return": discounted, "promise": promise, "episodes": episodes}, kept
+    success, discounted = np.mean(rows, 0).tolist()
+    promise = {"promise": float(np.mean(promises))} if promises else {}
+    return {"success": success, "return": discounted} | promise | {"episodes": episodes}, kept
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1633,7 +1915,8 @@ def draw_prediction(agent, episode, path, steps=44, every=4):
 
 @torch.no_grad()
 def write_gif(agent, episodes, path, fps=15):
-    """eval.gif: episodes side by side, above the model's reconstructions from the filtered latents.
+    """eval.gif: episodes side by side, above the model's reconstructions (where there is a model) from the
+    filtered latents.
 
     Shown until 20 steps after the last of them first earns its largest reward.
     """
@@ -1641,10 +1924,11 @@ def write_gif(agent, episodes, path, fps=15):
     shown = 20 + max(len(e["image"]) if not e["success"] else int(np.argmax(e["reward"])) for e in episodes)
     columns = []
     for episode in episodes:
-        x, a, first = as_sequence(agent, episode)
-        h, z, *_ = agent.model.observe(x, a, first)
-        model = agent.model.decoder(torch.cat([h, z], -1)[0])
-        columns.append(np.concatenate([to_uint8(x[0]), to_uint8(model)], 1))
+        columns.append(np.stack(episode["image"]))
+        if isinstance(agent, Agent):
+            h, z, *_ = agent.model.observe(*as_sequence(agent, episode))
+            model = agent.model.decoder(torch.cat([h, z], -1)[0])
+            columns[-1] = np.concatenate([columns[-1], to_uint8(model)], 1)
     longest = max(map(len, columns))
     columns = [np.concatenate([c, np.repeat(c[-1:], longest - len(c), 0)]) for c in columns]
     frames = np.concatenate(columns, 2)[:shown:2].repeat(2, 1).repeat(2, 2)
@@ -1667,17 +1951,20 @@ def draw_curve(cfg, rows, path):
     success.plot(*column("evaluation/success"), "o-", color="tab:blue", label="evaluation (mean action)")
     success.set(ylabel="success rate", ylim=(-0.03, 1.03))
     value.plot(*column("evaluation/return"), "o-", color="tab:blue", label="real return from the start")
-    if cfg.value_weight:
-        value.plot(*column("evaluation/promise"), "s--", color="tab:red", label="what the critics promised")
-        value.plot(*column("actor/value"), color="tab:purple", label="imagined value of the data's states, V")
-        value.plot(*column("imagined/reward"), color="tab:green", alpha=0.5, label="imagined reward per step")
+    for name, style, color, label in (
+            ("evaluation/promise", "s--", "tab:red", "what the critics promised"),
+            ("actor/value", "-", "tab:purple", "value of the data's states, V"),
+            ("imagined/reward", "-", "tab:green", "imagined reward per step")):
+        if column(name).size:
+            value.plot(*column(name), style, color=color, label=label)
     value.set(ylabel="in units of 1 / (1 - gamma)")
-    for name in ("image", "kl", "reward", "continuation"):
-        if column(f"model/{name}").size:
-            losses.plot(*column(f"model/{name}"), label=name)
-    losses.set(yscale="log", ylabel="world model's losses (nats per step)", xlabel="updates")
+    for name in ("model/image", "model/kl", "model/reward", "model/continuation", "critic/real",
+                 "critic/imagined", "critic/value"):
+        if column(name).size:
+            losses.plot(*column(name), label=name)
+    losses.set(yscale="log", ylabel="losses of model (nats per step) and critics", xlabel="updates")
     policy.plot(*column("actor/behaviour_nll"), color="tab:brown", label="-ln pi(demonstrated action), Eq 13")
-    if cfg.value_weight:
+    if column("actor/entropy").size:
         policy.plot(*column("actor/entropy"), color="tab:cyan", label="policy's entropy")
     policy.set(ylabel="nats per action", xlabel="updates")
     for axis in axes.flat:
@@ -1688,38 +1975,226 @@ def draw_curve(cfg, rows, path):
     save_figure(fig, path)
 
 
-def plot(logdirs):
-    """--plot: success over updates: a panel per task, a line per variant, mean and range over seeds.
+def read_run(logdir):
+    """A run folder -> its config and, by online episode (0: the end of the offline phase), its evaluations.
 
-    Writes curves.png into the folder that holds the runs. Raises Trouble on a folder that is no run.
+    Raises Trouble on a folder that is no run.
     """
-    tasks = {}
-    for logdir in map(Path, logdirs):
-        try:
-            config = json.loads((logdir / "config.json").read_text())["config"]
-            rows = [row for row in read_metrics(logdir / "metrics.jsonl") if "evaluation" in row]
-            rows = {row["updates"]: row["evaluation/success"] for row in rows}
-            tasks.setdefault(config["task"], {}).setdefault(config["variant"], []).append((config, rows))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Trouble(f"{logdir} is no run folder ({error}); --plot takes folders with config.json and "
-                          "metrics.jsonl") from None
-    fig, axes = figure(5.5 * len(tasks), 4, 1, len(tasks), squeeze=False)
-    for axis, (task, variants) in zip(axes[0], sorted(tasks.items())):
-        for variant, members in sorted(variants.items()):
-            common = sorted(set.intersection(*[set(rows) for _, rows in members]))
-            y = np.array([[rows[n] for n in common] for _, rows in members])
-            label = f"{variant} ({len(members)} seed{'s' * (len(members) > 1)})"
-            line, = axis.plot(common, y.mean(0), "o-", label=label)
-            axis.fill_between(common, y.min(0), y.max(0), color=line.get_color(), alpha=0.2)
-            for n in {config["offline_updates"] for config, _ in members if config["online_episodes"]}:
-                axis.axvline(n, color=line.get_color(), lw=0.8, ls=":")
-        axis.set(title=task, xlabel="updates (dotted: the first online episode)", ylabel="success rate",
-                 ylim=(-0.03, 1.03))
+    try:
+        config = json.loads((Path(logdir) / "config.json").read_text())["config"]
+        rows = [row for row in read_metrics(Path(logdir) / "metrics.jsonl") if "evaluation" in row]
+        start, each = config["offline_updates"], config["updates_per_episode"]
+        config["task"], config["variant"], config["demos"], config["online_episodes"]
+        return config, {(row["updates"] - start) // each: row for row in rows if row["updates"] >= start}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Trouble(f"{logdir} is no run folder ({error}); --plot takes folders with config.json and "
+                      "metrics.jsonl") from None
+
+
+def interval(rows, draws=10_000):
+    """95 % interval of the mean success over seeds, from the evaluations `rows` (one a seed): seeds are drawn
+    with replacement, and each one's rate from what its episodes leave open (Jeffreys' Beta)."""
+    rng = np.random.default_rng(0)
+    n = np.array([row["evaluation/episodes"] for row in rows])
+    k = np.array([row["evaluation/success"] for row in rows]) * n
+    seeds = rng.integers(len(rows), size=(draws, len(rows)))
+    return np.quantile(rng.beta(k[seeds] + 0.5, (n - k)[seeds] + 0.5).mean(1), (0.025, 0.975))
+
+
+def draw_groups(path, tasks, ylabel, value, **limits):
+    """A panel per task, a line per group of runs: mean and range over seeds of value(evaluation row)."""
+    columns = min(5, len(tasks))
+    fig, axes = figure(4.4 * columns, 3.6 * math.ceil(len(tasks) / columns), math.ceil(len(tasks) / columns),
+                       columns, squeeze=False)
+    for axis in axes.flat[len(tasks):]:
+        axis.set_visible(False)
+    for axis, (task, groups) in zip(axes.flat, sorted(tasks.items())):
+        for label, members in groups.items():
+            common = sorted(set.intersection(*[{e for e, row in rows.items() if value(row) is not None}
+                                               for _, rows in members]))
+            if common:
+                y = np.array([[value(rows[e]) for e in common] for _, rows in members])
+                label = f"{label} ({len(members)} seed{'s' * (len(members) > 1)})"
+                if len(common) > 1:
+                    line, = axis.plot(common, y.mean(0), "o-", ms=3, label=label)
+                    axis.fill_between(common, y.min(0), y.max(0), color=line.get_color(), alpha=0.15)
+                else:                                              # no online phase: a level to compare with
+                    axis.axhline(y.mean(), ls="--", color="black", lw=1, label=label)
+        axis.set(title=task, xlabel="online episodes (0: after the offline phase)", ylabel=ylabel, **limits)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    path = Path(os.path.commonpath([Path(logdir).resolve().parent for logdir in logdirs])) / "curves.png"
+        axis.legend(fontsize=7)
     save_figure(fig, path)
-    print(f"wrote {path}")
+    print(f"wrote {path}", file=sys.stderr)
+
+
+def plot(logdirs):
+    """--plot: curves.png (success over online episodes), gap.png (how much more the critics promised than
+    came true) into the folder that holds the runs; prints a table of the final scores.
+
+    A panel per task, a line per variant (and number of demonstrations), mean and range over seeds.
+    """
+    runs = [read_run(logdir) for logdir in logdirs]
+    tasks, demos, order = {}, {}, {name: index for index, name in enumerate(VARIANTS)}
+    for config, _ in runs:
+        demos.setdefault(config["task"], set()).add(config["demos"])
+    for config, rows in sorted(runs, key=lambda run: (order.get(run[0]["variant"], 99), run[0]["demos"])):
+        label = config["variant"] + f", {config['demos']} demos" * (len(demos[config["task"]]) > 1)
+        tasks.setdefault(config["task"], {}).setdefault(label, []).append((config, rows))
+    folder = Path(os.path.commonpath([Path(logdir).resolve().parent for logdir in logdirs]))
+    draw_groups(folder / "curves.png", tasks, "success rate", lambda row: row["evaluation/success"],
+                ylim=(-0.03, 1.03))
+    def gap(row):
+        return row["evaluation/promise"] - row["evaluation/return"] if "evaluation/promise" in row else None
+    draw_groups(folder / "gap.png", tasks, "promised minus real return, in units of 1 / (1 - gamma)", gap)
+    print("| task | runs | seeds | offline | at 100 | at 200 | final | 95 % interval | episodes |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for task, groups in sorted(tasks.items()):
+        for label, members in groups.items():
+            def rate(episode):
+                found = [rows[episode]["evaluation/success"] for _, rows in members if episode in rows]
+                return f"{np.mean(found):.0%}" if len(found) == len(members) else ""
+            seeds = ", ".join(str(config["seed"]) for config, _ in members)
+            last = [rows[max(rows)] for _, rows in members if rows]
+            budget = "/".join(str(e) for e in sorted({config["online_episodes"] for config, _ in members}))
+            low, high = interval(last) if last else (np.nan, np.nan)
+            final = f"{np.mean([row['evaluation/success'] for row in last]):.0%}" if last else ""
+            print(f"| {task} | {label} | {seeds} | {rate(0)} | {rate(100)} | {rate(200)} | {final} | "
+                  f"{low:.0%} to {high:.0%} | {budget} |")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sweep: tasks x variants x seeds, as separate processes that can be resumed
+# ------------------------------------------------------------------------------------------------------------
+
+def finished(cfg):
+    """Whether cfg.logdir holds the result of this very config."""
+    folder = Path(cfg.logdir)
+    try:
+        then = json.loads((folder / "config.json").read_text())["config"]
+        result = json.loads((folder / "result.json").read_text())
+    except (OSError, ValueError, KeyError):
+        return False
+    planned = cfg.offline_updates + cfg.online_episodes * cfg.updates_per_episode
+    return (result["updates"], result["eval_episodes"]) == (planned, cfg.final_episodes) and all(
+        then.get(name) == value for name, value in dataclasses.asdict(cfg).items() if name not in MAY_CHANGE)
+
+
+def sweep_run(argv, log, threads):
+    """One run in a process of its own, its output in the file `log`; it saves and stops with its parent."""
+    with contextlib.suppress(AttributeError):
+        os.setsid()                                                  # Ctrl-C is the sweep's to pass on
+    with open(log, "ab", 0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    stop = lambda: (parent.join(), os.kill(os.getpid(), signal.SIGTERM))
+    threading.Thread(target=stop, daemon=True).start()
+    sys.exit(main(argv))
+
+
+class Process:
+    """A run on this machine, with the methods of a submitit job that the sweep uses: done, result, cancel."""
+
+    def __init__(self, *args):
+        self.process = multiprocessing.get_context("spawn").Process(target=sweep_run, args=args)
+        self.process.start()
+
+    def done(self):
+        return not self.process.is_alive()
+
+    def result(self):
+        if self.process.exitcode:
+            raise RuntimeError(f"exit code {self.process.exitcode}")
+
+    def cancel(self):
+        """Have it save and stop."""
+        self.process.terminate()
+        self.process.join()
+
+
+def submitted(argv, log, threads, cluster):
+    """A run as a submitit job: on Slurm, or (`local`) as Slurm would run it, on this machine. Partition,
+    account, time limit and so on are set by sbatch's own variables (SBATCH_PARTITION, ...)."""
+    if importlib.util.find_spec("submitit") is None:
+        raise Trouble(f"--executor {cluster} needs submitit; pip install submitit")
+    import submitit
+    executor = submitit.AutoExecutor(folder=Path(log).parent / "submitit", cluster=cluster)
+    executor.update_parameters(name="moto", timeout_min=24 * 60, cpus_per_task=threads,
+                               gpus_per_node=int(torch.cuda.is_available()))
+    command = ["sh", "-c", 'exec "$@" >>"$0" 2>&1', str(log), sys.executable, str(Path(__file__).resolve())]
+    return executor.submit(submitit.helpers.CommandFunction([*command, *argv]))
+
+
+def sweep(given, commands):
+    """--sweep: one run per task, variant and seed, `--jobs` of them at a time; the finished ones are skipped.
+
+    given: the explicit flags that all runs share; commands: tasks, variants, seeds, jobs, executor. Runs live
+    in `<--logdir, or runs>/<task>-<variant>-seed<n>`, their output in log.txt there. The same command
+    continues a sweep that was stopped. Raises Trouble, at the end, naming the runs that failed.
+    """
+    root, jobs = given.pop("logdir", "runs"), commands.get("jobs", 1)
+    executor, known = commands.get("executor", "process"), ("process", "slurm", "local")
+    if executor not in known or jobs < 1:
+        raise Trouble(f"--executor is one of {', '.join(known)}, and --jobs at least 1")
+    threads = max(1, cores() // jobs)
+    waiting, total, running, failed = [], 0, {}, []
+    for variant in commands.get("variants", [given.pop("variant", "moto")]):       # the last changes fastest
+        for task in commands.get("tasks", [given.get("task", "drawer-open")]):
+            for seed in commands.get("seeds", [given.get("seed", 0)]):
+                name = f"{task.replace(':', '-').replace('/', '-')}-{variant}-seed{seed}"
+                mine = {"workers": threads} | given | {
+                    "task": task, "variant": variant, "seed": seed, "logdir": str(Path(root) / name)}
+                total += 1
+                if not finished(build_config(**mine)):
+                    waiting.append((name, mine))
+    print(f"{total} runs in {root}: {total - len(waiting)} finished before, {len(waiting)} to do, {jobs} at "
+          "once")
+    with tqdm(total=total, initial=total - len(waiting), desc="sweep") as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    name, mine = waiting.pop(0)
+                    log = Path(mine["logdir"]) / "log.txt"
+                    write_atomically(log.with_name(".sweep"), lambda file: None)      # a bad disk shows now
+                    job = (Process(flags(mine), log, threads) if executor == "process" else
+                           submitted(flags(mine), log, threads, executor))
+                    running[name] = job, log
+                for name, (job, log) in list(running.items()):
+                    if job.done():
+                        del running[name]
+                        bar.update()
+                        try:
+                            job.result()
+                            result = json.loads(log.with_name("result.json").read_text())
+                            bar.write(f"{name}: success {result['offline_success']:.0%} offline, "
+                                      f"{result['final_success']:.0%} at the end")
+                        except Exception as error:                   # whatever it was, the others go on
+                            failed.append(f"{name} ({last_words(log) or error}; its log: {log})")
+                            bar.write(f"{name}: failed")
+                time.sleep(0.2)
+                exit_if_asked()
+        finally:
+            for job, _ in running.values():
+                job.cancel()
+    if failed:
+        raise Trouble(f"{len(failed)} of {total} runs failed: {'; '.join(failed)}")
+
+
+def flags(values):
+    """A dict of config values -> the words of a command line."""
+    words = []
+    for name, value in values.items():
+        name = name.replace("_", "-")
+        words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}={value}"]
+    return words
+
+
+def last_words(log):
+    """The last line that the program itself wrote in a log: the sentence of a Trouble, as a rule."""
+    with contextlib.suppress(OSError):
+        lines = log.read_text(errors="replace").splitlines()
+        return next((line[6:] for line in reversed(lines) if line.startswith("moto: ")), "")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1808,7 +2283,7 @@ def bench_parts(cfg, repeat=10):
     model, B, T, D, device = agent.model, cfg.batch, cfg.length, cfg.deter, cfg.device
     sample = lambda: store.sample(rng, B, T)
     x, batch = to_image(sample()["image"], plain=not cfg.compile).flatten(0, 1), sample()
-    batch["leaves"] = batch["demonstrated"] = torch.ones(B, T - 1, device=device)
+    batch["leaves"] = batch["imitated"] = torch.ones(B, T - 1, device=device)
     feat = torch.randn(B, T, D + cfg.stoch, device=device)
     start, embed = feat.flatten(0, 1), torch.randn(B, T, cfg.hidden, device=device, requires_grad=True)
     H = cfg.horizon
@@ -1928,24 +2403,36 @@ def bench_text(r):
 # Command line
 # ------------------------------------------------------------------------------------------------------------
 
-COMMANDS = "evaluate", "episodes", "plot", "bench", "json"
+COMMANDS = ("evaluate", "episodes", "publish", "plot", "bench", "json", "sweep", "tasks", "variants", "seeds",
+            "jobs", "executor")
 
 
 def parse(argv):
-    """Flags -> (Config, dict of the other commands). Later wins: defaults, preset, variant, flags."""
+    """Flags -> (Config, dict of the other commands, dict of the config's explicit flags). Later wins:
+    defaults, preset, task, variant, flags."""
     presets = "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in changes.items())}"
                         for name, changes in PRESETS.items() if changes)
     parser = argparse.ArgumentParser(
         prog="moto.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         usage="moto.py [--FLAG VALUE ...] | --evaluate LOGDIR [--episodes N] | --plot LOGDIR ... | "
-        "[--FLAG VALUE ...] --bench [--json]",
+        "--publish LOGDIR FOLDER | "
+        "[--FLAG VALUE ...] --bench [--json] | [--FLAG VALUE ...] --sweep [--tasks TASK ...] [--variants V "
+        "...] [--seeds N ...] [--jobs N] [--executor E]",
         description=__doc__.split("\n\n")[0], epilog="Defaults are those of the preset laptop. Others: "
         f"{presets}. Variants: {', '.join(VARIANTS)}.")
     parser.add_argument("--evaluate", metavar="LOGDIR", help="score a checkpoint on new episodes, draw a GIF")
     parser.add_argument("--episodes", type=int, metavar="N", help="with --evaluate: how many episodes")
+    parser.add_argument("--publish", metavar=("LOGDIR", "FOLDER"), nargs=2,
+                        help="copy a finished run, with small weights, to a folder that --evaluate takes")
     parser.add_argument("--plot", metavar="LOGDIR", nargs="+", help="draw curves.png from one or many runs")
     parser.add_argument("--bench", action="store_true", help="measure the speed of a config here")
     parser.add_argument("--json", action="store_true", help="with --bench: print JSON")
+    parser.add_argument("--sweep", action="store_true", help="one run per task, variant and seed, as "
+                        "processes; repeated, it resumes; --logdir: the folder of the run folders")
+    for name, kind in (("tasks", str), ("variants", str), ("seeds", int)):
+        parser.add_argument(f"--{name}", type=kind, nargs="+", help=f"with --sweep: the {name}")
+    parser.add_argument("--jobs", type=int, metavar="N", help="with --sweep: runs at once (default: 1)")
+    parser.add_argument("--executor", help="with --sweep: process (default), slurm, or local: submitit's own")
     for f in dataclasses.fields(Config):
         text = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
         flag, kind = f"--{f.name.replace('_', '-')}", f.type.__name__.upper()
@@ -1957,7 +2444,7 @@ def parse(argv):
     commands = {name: given.pop(name) for name in COMMANDS if name in given}
     if commands.get("episodes", 1) < 1:
         raise Trouble(f"--episodes is {commands['episodes']} but must be at least 1")
-    return build_config(**given), commands
+    return build_config(**given), commands, given
 
 
 def build_config(**given):
@@ -2018,7 +2505,7 @@ AT_LEAST = {0: ("seed", "workers", "demo_noise", "demo_tail", "free_nats", "kl_s
             2: ("length",)}
 SHARES = ("gamma", "lam", "kl_balance", "decode", "offline_fraction", "target_rate", "acting_rate",
           "lag")
-POSITIVE = ("model_lr", "actor_lr", "critic_lr", "grad_clip", "decode")
+POSITIVE = ("min_std", "model_lr", "actor_lr", "critic_lr", "grad_clip", "decode")
 
 
 def check_config(cfg):
@@ -2048,8 +2535,12 @@ def train(cfg):
     write_atomically(Path(cfg.logdir) / "checkpoint.new.pt", lambda file: None)       # a bad disk shows now
     for partial in Path(cfg.logdir).glob("*.partial"):             # of a process that died while writing
         partial.unlink()
+    guard = lock(Path(cfg.logdir))
     run = Run(cfg)
     try:
+        if run.published:
+            raise Trouble(f"{run.dir} holds a published checkpoint, weights alone: it can be evaluated, not "
+                          "continued; choose another --logdir")
         run.describe()
         print(f"{cfg.task}, {cfg.variant}, seed {cfg.seed}, preset {cfg.preset} (episodes of "
               f"{cfg.episode_steps} steps; the paper's: 200), {cfg.device}, {cfg.precision}, renderer: "
@@ -2066,6 +2557,20 @@ def train(cfg):
         finish(run)
     finally:
         run.close()
+        guard.close()
+
+
+def lock(folder):
+    """An open file that keeps other processes from training in this folder. Raises Trouble where one does."""
+    file = open(folder / ".lock", "w")
+    with contextlib.suppress(ImportError):                         # Windows
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Trouble(f"another process is training in {folder}; wait for it, or choose another "
+                          "--logdir") from None
+    return file
 
 
 def finish(run):
@@ -2075,7 +2580,8 @@ def finish(run):
         _, run.kept = evaluate(cfg, run.players, run.agent, min(4, cfg.final_episodes))
     draw_curve(cfg, read_metrics(run.dir / "metrics.jsonl"), run.dir / "curve.png")
     shown = max(run.kept, key=lambda episode: episode["success"])    # the first success, else the first
-    draw_prediction(run.agent, shown, run.dir / "prediction.png")
+    if isinstance(run.agent, Agent):
+        draw_prediction(run.agent, shown, run.dir / "prediction.png")
     write_gif(run.agent, run.kept, run.dir / "eval.gif")
     run.clock("pictures", started)
     offline, final = run.state["scores"]["offline"], run.state["scores"]["final"]
@@ -2116,8 +2622,8 @@ def peak_memory_gb():
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
 
 
-def evaluate_run(logdir, episodes):
-    """--evaluate: score a run folder's checkpoint on episodes no run has seen, print JSON, write eval.gif."""
+def open_run(logdir):
+    """The run in a folder that has a config and a checkpoint, on this machine. Raises Trouble."""
     try:
         config = json.loads((Path(logdir) / "config.json").read_text())["config"]
         known = {f.name for f in dataclasses.fields(Config)}
@@ -2126,8 +2632,14 @@ def evaluate_run(logdir, episodes):
                                       "workers": min(config["workers"], cores())})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Trouble(f"{logdir} is no run folder ({error}); --evaluate takes a run's --logdir") from None
-    run = Run(cfg, fresh_ok=False)
+    return Run(cfg, fresh_ok=False)
+
+
+def evaluate_run(logdir, episodes):
+    """--evaluate: score a run folder's checkpoint on episodes no run has seen, print JSON, write eval.gif."""
+    run = open_run(logdir)
     try:
+        cfg = run.cfg
         result, kept = evaluate(cfg, run.players, run.agent, episodes or cfg.final_episodes, first=10_000)
         write_gif(run.agent, kept, run.dir / "eval.gif")
     finally:
@@ -2137,14 +2649,36 @@ def evaluate_run(logdir, episodes):
     print(f"wrote {run.dir / 'eval.gif'}", file=sys.stderr)
 
 
+def publish(logdir, folder):
+    """--publish: copy a finished run's config, metrics and result, with a small checkpoint (the weights that
+    act, in half precision), to a folder that --evaluate takes."""
+    run, folder = open_run(logdir), Path(folder)
+    try:
+        checkpoint = {"config": dataclasses.asdict(run.cfg), "state": run.state,
+                      "agent": run.agent.published()}
+        write_atomically(folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+        for name in ("config.json", "metrics.jsonl", "result.json"):
+            content = (run.dir / name).read_bytes()
+            write_atomically(folder / name, lambda file: file.write(content))
+    except FileNotFoundError as error:
+        raise Trouble(f"{logdir} is no finished run ({error}); let it finish first") from None
+    finally:
+        run.close()
+    print(f"wrote {folder}: {(folder / 'checkpoint.pt').stat().st_size / 1e6:.2f} MB of weights")
+
+
 def main(argv=None):
     """Returns the exit code: 0 done, 2 trouble, 130 / 143 stopped and saved after Ctrl-C / SIGTERM."""
     reuse_memory()
     with signals_wait():
         try:
-            cfg, commands = parse(argv)
+            cfg, commands, given = parse(argv)
             if "plot" in commands:
                 plot(commands["plot"])
+            elif "publish" in commands:
+                publish(*commands["publish"])
+            elif "sweep" in commands:
+                sweep(given, commands)
             elif "bench" in commands:
                 bench(cfg, commands.get("json", False))
             elif "evaluate" in commands:

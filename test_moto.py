@@ -26,7 +26,7 @@ def tiny(**changes):
 
 
 def flags(**values):
-    return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return moto.flags(values)
 
 
 def batch_of(cfg, B=4, T=6, A=2, seed=0):
@@ -251,16 +251,19 @@ def test_eq06_disagreement_is_higher_off_the_data_after_training():
 
 
 def test_eq07_penalty():
-    r, u = torch.rand(3, 4), torch.rand(3, 4)
-    torch.testing.assert_close(moto.penalised_reward(r, u, 0.5, 0.25), r - 0.5 * u / 0.25)
-    assert torch.equal(moto.penalised_reward(r, u, 0.0), r)
+    r, u = torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0.2, 1.0, 0.1])          # below the data's level 0.25, three times above it, below
+    torch.testing.assert_close(moto.penalised_reward(r, u, 0.5, 0.25), torch.tensor([1.0, -1.5, 0.5]))
+    assert torch.equal(moto.penalised_reward(r, u, 0.0, 0.25), r)
+    u.requires_grad_()
+    moto.penalised_reward(r, u, 0.5, 0.25).sum().backward()
+    torch.testing.assert_close(u.grad, torch.tensor([0.0, -2.0, 0.0]))                              # below that level nothing pulls
 
 
 def test_eq07_penalty_enters_what_the_update_pays(monkeypatch):
     def value_with(alpha):
         agent = moto.Agent(tiny(alpha=alpha), 2, True, "cpu")
         return agent.update(batch_of(agent.cfg))["actor/value"]
-    assert value_with(5.0) < value_with(0.0) - 0.01
+    assert value_with(50.0) < value_with(0.0) - 0.01
 
 
 def test_eq08_imagination_is_on_policy_and_aligned(agent):
@@ -484,11 +487,29 @@ def test_a_variant_is_a_change_of_numbers():
     fields = {f.name for f in dataclasses.fields(moto.Config)}
     for name, changes in moto.VARIANTS.items():
         assert set(changes) <= fields
-        agent = moto.Agent(tiny(variant=name), 2, True, "cpu")
+        agent = moto.make_learner(tiny(variant=name), 2, True, "cpu")
+        assert type(agent) is {"bc": moto.BC, "iql": moto.IQL, "cql": moto.CQL, "sac": moto.CQL}.get(name, moto.Agent)
         before = snapshot(agent)
         agent.update(batch_of(agent.cfg))
         moved = {n for n, v in snapshot(agent).items() if not torch.equal(v, before[n])}
-        assert moved == {"model", "actor", "acting"} | (set() if name == "bc" else {"critic", "target"})
+        assert moved == {"bc": {"encoder", "actor", "acting"}, "iql": {"encoder", "actor", "acting", "critic", "target", "value"}}.get(
+            name, {"encoder", "actor", "acting", "critic", "target", "log_tau"} if name in ("cql", "sac") else
+            {"model", "actor", "acting", "critic", "target"}), name
+
+
+def test_what_sets_a_variant_apart_changes_the_update_and_the_rest_is_one_method():
+    """With the other variants' numbers put back by hand each is moto again, bit for bit; without, each moves something differently."""
+    def after(**changes):
+        agent = moto.make_learner(tiny(alpha=50.0, **changes), 2, True, "cpu") if "variant" not in changes else moto.make_learner(
+            tiny(**({"alpha": 50.0} | moto.VARIANTS[changes["variant"]] | changes)), 2, True, "cpu")
+        torch.manual_seed(1)
+        agent.update(batch_of(agent.cfg))
+        return snapshot(agent)
+    whole, kept = after(), dict(alpha=50.0, beta=0.3, repr_weight=1.0, real_weight=1.0)
+    for name, same in (("no-unc", {"model"}), ("no-bc", {"critic"}), ("no-bc-no-unc", set()), ("dreamerv2", set())):
+        mine, restored = after(variant=name), after(variant=name, **kept)
+        assert {n for n in whole if torch.equal(mine[n], whole[n])} - {"target"} == same - ({"critic"} if name == "no-bc" else set()), name
+        assert all(torch.equal(restored[n], whole[n]) for n in whole), name
 
 
 def test_replacing_a_function_of_the_module_changes_the_agent(monkeypatch, agent):
@@ -610,6 +631,23 @@ def test_replay_is_uniform_over_positions_and_mixes_as_told():
     assert offline.data["image"].dtype == torch.uint8
 
 
+@pytest.mark.parametrize("imitate", [True, False])
+def test_successful_online_episodes_join_the_offline_data(dots, tmp_path, imitate):
+    run = moto.Run(tiny(data=str(dots), logdir=str(tmp_path), online_episodes=3, demo_tail=2, imitate_success=imitate))
+    run.open_data()
+    before = run.offline.size
+    for index, rewards in enumerate(([0] * 12, [0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0], [0] * 11 + [1])):
+        image = np.full((13, 16, 16, 3), index, np.uint8)
+        moto.save_episode(run.episode_path(index), image, np.full((12, 2), index / 10), rewards)
+        run.add_online(index)
+    assert run.online.size == 39 and run.offline.size == before + imitate * (7 + 13)       # 4 + 2 actions; 12: the whole
+    if imitate:
+        joined = {name: values[before:run.offline.size] for name, values in run.offline.data.items()}
+        assert joined["r"].nonzero().flatten().tolist() == [4, 6, 19] and joined["first"].nonzero().flatten().tolist() == [0, 7]
+        assert set(joined["image"][:7].unique().tolist()) == {1} and joined["a"][1:7].unique().tolist() == [pytest.approx(0.1)]
+    run.close()
+
+
 def test_gym_actions_are_mapped_to_the_box_and_seeds_fix_the_episode():
     env = moto.make_env(tiny())
     first = env.reset([1, 2, 3])
@@ -624,13 +662,178 @@ def test_a_terminal_task_learns_its_continuation(tmp_path):
     dot_episodes(tmp_path, 4, speed=1.0, noise=0.1, task="gym:test/DotEnds-v0")
     episodes = [moto.load_episode(p, 16, 2) for p in sorted(tmp_path.glob("*.npz"))]
     assert all(e["terminal"] and e["reward"][-1] == 1 for e in episodes)
-    cfg = tiny(task="gym:test/DotEnds-v0", model_lr=3e-3, channels=8, hidden=32, deter=32, variant="bc")
+    cfg = tiny(task="gym:test/DotEnds-v0", model_lr=3e-3, channels=8, hidden=32, deter=32, value_weight=0.0)
     store = moto.Replay(200, 16, 2, True)
     for e in episodes:
         store.add(e)
     agent, rng = moto.Agent(cfg, 2, True, "cpu"), np.random.default_rng(0)
     losses = [agent.update(store.sample(rng, 8, 5))["model/continuation"] for _ in range(300)]
     assert np.mean(losses[-30:]) < 0.3 * np.mean(losses[:30])
+
+
+# ------------------------------------------------------------------------------------------------------ the baselines
+
+def test_frames_are_stacked_within_an_episode():
+    image = torch.arange(2 * 7, dtype=torch.uint8).reshape(2, 7, 1, 1, 1).expand(2, 7, 4, 4, 3).contiguous()
+    first = torch.zeros(2, 7, dtype=torch.bool)
+    first[:, 0] = first[0, 3] = first[1, 5] = first[1, 6] = True
+    got = moto.stacked(image, first, 3)
+    assert got.shape == (2, 5, 4, 4, 9)
+    for b in range(2):
+        for t in range(2, 7):
+            begins = max([s for s in range(1, t + 1) if first[b, s]], default=0)           # the first step in view is not one
+            assert got[b, t - 2, 0, 0, ::3].tolist() == [int(image[b, max(t - n, begins), 0, 0, 0]) for n in (2, 1, 0)]
+    assert torch.equal(moto.stacked(image, first, 1), image)
+
+
+def test_acting_stacks_the_frames_as_training_does():
+    agent = moto.make_learner(tiny(variant="bc"), 2, False, "cpu")
+    image, state = torch.randint(0, 255, (5, 16, 16, 3), dtype=torch.uint8), None
+    first = torch.tensor([[True, False, False, False, False]])
+    padded = torch.cat([image[:1], image[:1], image])[None]                                # as at a reset
+    feat = agent.acting.model(moto.to_image(moto.stacked(padded, torch.zeros(1, 7, dtype=torch.bool), 3)[0]))
+    for t in range(5):
+        a, state = agent.acting.act(image[t].numpy(), state)
+        np.testing.assert_allclose(a, agent.acting.actor(feat[t]).mode, atol=1e-5)
+    assert first.any()
+
+
+def test_random_shifts_move_each_image_as_a_whole():
+    torch.manual_seed(0)
+    image = torch.randint(0, 255, (40, 16, 16, 9), dtype=torch.uint8)
+    moved = moto.random_shift(image, 2)
+    padded = torch.nn.functional.pad(image.movedim(-1, 1).float(), (2, 2, 2, 2), mode="replicate").byte().movedim(1, -1)
+    found = set()
+    for n in range(40):
+        where = [(i, j) for i in range(5) for j in range(5) if torch.equal(padded[n, i:i + 16, j:j + 16], moved[n])]
+        assert len(where) == 1
+        found.add(where[0])
+    assert len(found) > 15 and torch.equal(moto.random_shift(image, 0), image)
+
+
+def baseline(variant, **changes):
+    """A learner of tiny size, features, and a batch to match them, with one seam between two episodes."""
+    agent, g = moto.make_learner(tiny(variant=variant, **changes), 2, True, "cpu"), torch.Generator().manual_seed(1)
+    batch = agent.arrive(batch_of(agent.cfg) | {"terminal": (torch.rand(4, 6, generator=g) < 0.2).float()})
+    batch["leaves"][1, 2] = batch["imitated"][1, 2] = batch["imitated"][2, 4] = 0
+    return agent, torch.randn(4, 6, 22, generator=g), batch
+
+
+def one_by_one(batch):
+    """(b, t) of the transitions s_t, a_{t+1}, r_{t+1}, s_{t+1} inside an episode."""
+    return [(b, t) for b in range(4) for t in range(5) if batch["leaves"][b, t]]
+
+
+def test_bc_against_an_oracle():
+    agent, feat, batch = baseline("bc")
+    loss, _ = agent.losses(feat, batch)
+    terms = []
+    for b, t in one_by_one(batch):
+        if batch["imitated"][b, t]:
+            policy = agent.actor(feat[b, t])
+            terms.append(D.TransformedDistribution(D.Normal(policy.mean, policy.std), [D.TanhTransform()]).log_prob(batch["a"][b, t + 1]).sum())
+    torch.testing.assert_close(loss, -torch.stack(terms).mean(), rtol=1e-4, atol=1e-4)
+
+
+def test_expectile_loss_is_asymmetric_and_finds_the_expectile():
+    x, one = torch.tensor([2.0, -1.0, 3.0]), torch.ones(3)
+    torch.testing.assert_close(moto.expectile_loss(x, 0.5, one), 0.5 * x.square().mean())
+    torch.testing.assert_close(moto.expectile_loss(x, 0.9, one), (0.9 * 4 + 0.1 * 1 + 0.9 * 9) / torch.tensor(3.0))
+    v = torch.zeros((), requires_grad=True)                                                # of {0, 1} at tau = 0.9: v = 0.9
+    optimiser = torch.optim.SGD([v], 0.5)
+    for _ in range(500):
+        optimiser.zero_grad()
+        moto.expectile_loss(torch.tensor([0.0, 1.0]) - v, 0.9, torch.ones(2)).backward()
+        optimiser.step()
+    assert abs(float(v) - 0.9) < 1e-3
+
+
+@pytest.mark.parametrize("expectile", [0.5, 0.8])
+def test_iql_against_an_oracle(expectile):
+    agent, feat, batch = baseline("iql", expectile=expectile, temperature=3.0, gamma=0.9)
+    unit, value, critic, actor = 10.0, [], [], []
+    with torch.no_grad():
+        for p in agent.target.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    for b, t in one_by_one(batch):
+        s, a = feat[b, t], batch["a"][b, t + 1]
+        q = agent.target(s[None], a[None]).min().detach()
+        V, V_next = unit * agent.value(s), unit * agent.value(feat[b, t + 1])
+        value.append((abs(expectile - float(q < V)) * ((q - V) / unit) ** 2).squeeze())
+        y = batch["r"][b, t + 1] + 0.9 * (1 - batch["terminal"][b, t + 1]) * V_next.detach()
+        critic.append((((agent.critic(s[None], a[None]) - y) / unit) ** 2).sum())
+        actor.append(-(min(math.exp(3.0 * float(q - V)), 100) * agent.actor(s).log_prob(a)))
+    expected = sum(torch.stack(terms).mean() for terms in (value, critic, actor))
+    loss, metrics = agent.losses(feat, batch)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    for name in ("actor", "critic", "value"):                                              # each part learns from its own loss alone
+        p = next(agent.modules[name].parameters())
+        own = {"actor": actor, "critic": critic, "value": value}[name]
+        torch.testing.assert_close(torch.autograd.grad(loss, p, retain_graph=True)[0],
+                                   torch.autograd.grad(torch.stack(own).mean(), p, retain_graph=True)[0], rtol=1e-3, atol=1e-6)
+
+
+def test_cql_integral_against_quadrature(monkeypatch):
+    agent, feat, _ = baseline("cql")
+    monkeypatch.setattr(agent, "critic", lambda s, a: torch.stack([2 * a.sum(-1), -a.square().sum(-1)]))
+    monkeypatch.setattr(moto.CQL, "samples", 20_000)
+    torch.manual_seed(0)
+    policy = agent.actor(feat[:1, :2])
+    x = torch.linspace(-1, 1, 2001)
+    exact = [2 * torch.trapezoid(f.exp(), x).log() for f in (2 * x, -x.square())]           # two actions: a square
+    got = agent.integral(feat[:1, :2], policy)
+    assert got.shape == (2, 1, 1)
+    torch.testing.assert_close(got.flatten(), torch.stack(exact), rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("variant", ["sac", "cql"])
+def test_sac_and_cql_against_an_oracle(variant, monkeypatch):
+    """With the policy made deterministic its one sample is its mode, and every term can be computed by hand."""
+    agent, feat, batch = baseline(variant, gamma=0.9)
+    assert agent.cfg.cql_weight == {"sac": 0.0, "cql": 5.0}[variant]
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    integral = torch.rand(2, 4, 5)
+    monkeypatch.setattr(agent, "integral", lambda *_: integral)
+    with torch.no_grad():
+        agent.log_tau[0].fill_(math.log(0.3))
+        for p in agent.target.parameters():
+            p.add_(0.1 * torch.randn_like(p, memory_format=torch.preserve_format) + 0.02)
+    critic, gap, hope, logps = [], [], [], []
+    mode = lambda s: (agent.actor(s).mode, agent.actor(s).log_density_at(agent.actor(s).mean))
+    for b, t in one_by_one(batch):
+        s, a, (a_next, logp_next) = feat[b, t][None], batch["a"][b, t + 1][None], mode(feat[b, t + 1][None])
+        y = batch["r"][b, t + 1] + 0.9 * (1 - batch["terminal"][b, t + 1]) * (agent.target(feat[b, t + 1][None], a_next).min() - 0.3 * logp_next)
+        q = agent.critic(s, a)
+        critic.append((((q - y.detach()) / 10) ** 2).sum())
+        gap.append((integral[:, b, t] - q.squeeze()).sum() / 100)
+    for s in feat.flatten(0, 1):
+        a, logp = mode(s[None])
+        hope.append(agent.critic(s[None], a).min()), logps.append(logp)
+    logp, log_tau = torch.cat(logps), agent.log_tau[0]
+    parts = {"critic": torch.stack(critic).mean() + agent.cfg.cql_weight * torch.stack(gap).mean(),
+             "actor": (0.3 * logp - torch.stack(hope)).mean() / 10, "log_tau": -log_tau * (logp.detach() - 2).mean()}
+    loss, _ = agent.losses(feat, batch)
+    torch.testing.assert_close(loss, sum(parts.values()), rtol=1e-4, atol=1e-4)
+    for name, part in parts.items():
+        p = next(agent.modules[name].parameters())
+        torch.testing.assert_close(torch.autograd.grad(loss, p, retain_graph=True)[0],
+                                   torch.autograd.grad(part, p, retain_graph=True)[0], rtol=1e-3, atol=1e-6)
+    feat.requires_grad_()                                                                   # the actor's loss does not shape the encoder
+    loss, _ = agent.losses(feat, batch)
+    grad, = torch.autograd.grad(loss, feat)
+    assert not grad[:, -1].any() and grad[:, :-1].any()
+
+
+def test_cql_prefers_the_actions_of_the_data():
+    def preference(variant):
+        agent = moto.make_learner(tiny(variant=variant, shift=0, critic_lr=3e-3), 2, False, "cpu")
+        batch = batch_of(agent.cfg)
+        for _ in range(150):
+            metrics = agent.update(batch)
+        return metrics
+    cautious = preference("cql")["critic/gap"]
+    assert cautious < moto.make_learner(tiny(variant="cql", shift=0), 2, False, "cpu").update(batch_of(tiny()))["critic/gap"] - 1
+    assert preference("sac")["critic/gap"] == 0
 
 
 # ------------------------------------------------------------------------------------------------------ runs and resuming
@@ -787,7 +990,35 @@ def test_evaluate_and_plot_commands(finished, capsys):
     score = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert score["episodes"] == 3 and 0 <= score["success"] <= 1 and score["updates"] == 14
     assert moto.main(["--plot", str(finished), str(finished)]) == 0
-    assert (finished.parent / "curves.png").stat().st_size > 5000
+    assert all((finished.parent / name).stat().st_size > 5000 for name in ("curves.png", "gap.png"))
+    last = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    result = json.loads((finished / "result.json").read_text())
+    assert last[3] == f"{result['offline_success']:.0%}" and last[6] == f"{result['final_success']:.0%}"
+
+
+def test_the_interval_covers_what_seeds_and_episodes_leave_open():
+    row = lambda success, n: {"evaluation/success": success, "evaluation/episodes": n}
+    low, high = moto.interval([row(0.5, 50)])
+    assert 0.35 < low < 0.39 and 0.61 < high < 0.65                                         # one binomial: 0.5 +- 1.96 * 0.0707
+    wide = np.diff(moto.interval([row(0.1, 50), row(0.9, 50)]))
+    assert wide > 0.7 > 0.2 > np.diff(moto.interval([row(0.5, 50), row(0.5, 50)]))            # seeds that differ widen it
+    assert np.diff(moto.interval([row(0.5, 5000)])) < 0.03 and moto.interval([row(1.0, 50)])[0] > 0.93
+
+
+def test_a_published_checkpoint_scores_as_its_run_did_and_is_not_continued(finished, tmp_path, capsys):
+    assert moto.main(["--publish", str(finished), str(tmp_path / "small")]) == 0
+    assert (tmp_path / "small" / "checkpoint.pt").stat().st_size < 0.25 * (finished / "checkpoint.pt").stat().st_size
+    scores = []
+    for folder in (finished, tmp_path / "small"):
+        capsys.readouterr()
+        assert moto.main(["--evaluate", str(folder), "--episodes", "6"]) == 0
+        scores.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert scores[0]["success"] == scores[1]["success"] and abs(scores[0]["promise"] - scores[1]["promise"]) < 1e-3
+    config = json.loads((finished / "config.json").read_text())["config"]
+    assert moto.main(flags(**(config | {"logdir": tmp_path / "small"}))) == 2 and "not continued" in capsys.readouterr().err
+    whole, small = moto.Run(moto.Config(**config)), moto.Run(moto.Config(**(config | {"logdir": str(tmp_path / "small")})))
+    torch.testing.assert_close(small.agent.model.typical_u, whole.agent.model.typical_u)
+    torch.testing.assert_close(small.agent.model.state_dict(), whole.agent.acting.model.state_dict(), rtol=1e-3, atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------ errors
@@ -954,7 +1185,8 @@ def test_leaving_out_what_is_out_of_view_changes_no_pixel(drawer):
         left_out.add(int(drawer.out_of_view().sum()))
         drawer.env.model.geom_group[:] = drawer.groups
         drawer.renderer.update_scene(drawer.env.data, drawer.camera)
-        np.testing.assert_array_equal(image, drawer.renderer.render())
+        blocks = drawer.renderer.render().reshape(64, 2, 64, 2, 3)                 # and a pixel is the mean of four
+        assert np.abs(image - blocks.mean((1, 3))).max() <= 0.5
     assert min(left_out) >= 4
 
 
@@ -1056,9 +1288,17 @@ def test_moto_beats_its_own_behaviour_prior(tmp_path):
                          online_episodes=16, updates_per_episode=15, final_episodes=50, save_every=1000, model_lr=3e-3, actor_lr=1e-3,
                          critic_lr=2e-3, gamma=0.9, beta=0.02, log_every=50, reward_head="bernoulli")
     scores = {}
-    for variant in ("bc", "moto"):
-        own = {"variant": variant} | ({"online_episodes": 0, "offline_updates": 440} if variant == "bc" else {})
-        assert moto.main(flags(**(common | own | {"logdir": tmp_path / variant}))) == 0
-        scores[variant] = json.loads((tmp_path / variant / "result.json").read_text())
+    for name, own in (("prior", {"value_weight": 0, "eta": 0, "online_episodes": 0, "offline_updates": 440}), ("moto", {})):
+        assert moto.main(flags(**(common | own | {"logdir": tmp_path / name}))) == 0
+        scores[name] = json.loads((tmp_path / name / "result.json").read_text())
     assert scores["moto"]["final_success"] >= 0.8, scores
-    assert scores["moto"]["final_return"] >= 1.25 * scores["bc"]["final_return"] > 0, scores
+    assert scores["moto"]["final_return"] >= 1.25 * scores["prior"]["final_return"] > 0, scores
+
+
+@pytest.mark.parametrize("variant", ["bc", "iql", "cql"])
+def test_the_baselines_learn_the_toy_task(tmp_path, variant):
+    data = dot_episodes(tmp_path / "data", 20, speed=1.0, noise=0.2)
+    assert moto.main(flags(**(TINY | dict(variant=variant, data=data, batch=16, length=8, channels=8, deter=48, stoch=16, hidden=64,
+                                          offline_updates=300, online_episodes=0, final_episodes=40, save_every=1000, actor_lr=1e-3, gamma=0.9,
+                                          reward_head="bernoulli", logdir=tmp_path / "run", shift=1)))) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["final_success"] >= 0.7
