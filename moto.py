@@ -1563,7 +1563,7 @@ class Run:
         self.online.add(episode)
         successes = np.flatnonzero(episode["reward"] >= self.cfg.success_reward)
         if len(successes) and self.cfg.imitate_success:
-            L = min(successes[0] + 1 + self.cfg.demo_tail, len(episode["action"]))
+            L = min(int(successes[0]) + 1 + self.cfg.demo_tail, len(episode["action"]))
             whole = L == len(episode["action"])
             self.offline.add({"image": episode["image"][:L + 1], "action": episode["action"][:L],
                               "reward": episode["reward"][:L], "terminal": whole and episode["terminal"]})
