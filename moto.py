@@ -70,7 +70,7 @@ class Config:
     workers: int = opt(0, "processes that play episodes; 0: one per CPU core, 8 at most; 1: none, all in one")
     image_size: int = opt(64, "P, pixels a side, a multiple of 16 [paper: 64]")
     action_repeat: int = opt(2, "simulator steps per agent step [authors' baselines: 2]")
-    episode_steps: int = opt(150, "L, agent steps per episode; a time limit, no terminal state [paper: 200]")
+    episode_steps: int = opt(100, "L, agent steps per episode; a time limit, no terminal state [paper: 200]")
     success_reward: float = opt(1.0, "gym: where no success is reported, a step with this reward is one")
     # Data
     data: str = opt("", "folder of your own .npz episodes (layout in README); empty: scripted demonstrations")
@@ -98,8 +98,8 @@ class Config:
     horizon: int = opt(5, "H, imagined steps [LOMPO: 5]")
     gamma: float = opt(0.98, "discount")
     lam: float = opt(0.95, "lam, Eq 9: 0 one-step values, 1 the whole horizon [DreamerV2: 0.95]")
-    alpha: float = opt(0.1, "penalty, Eq 7: reward lost where u exceeds its mean on the data by once that")
-    beta: float = opt(0.3, "weight of the behaviour term, Eq 14")
+    alpha: float = opt(2.0, "penalty, Eq 7: reward lost where u exceeds its mean on the data by once that")
+    beta: float = opt(1.0, "weight of the behaviour term, Eq 14")
     eta: float = opt(1e-4, "weight of the entropy term, Eq 14")
     min_std: float = opt(0.05, "smallest deviation of the policy, before the tanh [DreamerV2: 0.1]")
     imitate_success: bool = opt(True, "online episodes that succeed join the offline data (DEPARTURE)")
@@ -137,6 +137,11 @@ PRESETS = {
     "paper": dict(episode_steps=200, batch=64, length=50, channels=32, stoch=64, ensemble=7, decode=1.0,
                   critic_lr=3e-4, target_rate=0.02, offline_updates=1000, online_episodes=400,
                   updates_per_episode=50, eval_every=2500, eval_episodes=20, save_every=1000),
+}
+HARD = dict(offline_updates=750, online_episodes=125, updates_per_episode=12, eval_every=375)
+TASKS = {                                                  # what harder tasks need beyond the laptop preset
+    "assembly": HARD | dict(episode_steps=150), "bin-picking": HARD | dict(episode_steps=150),
+    "box-close": HARD, "coffee-push": HARD, "disassemble": HARD | dict(episode_steps=150), "hammer": HARD,
 }
 VARIANTS = {
     "moto": {},
@@ -2448,7 +2453,8 @@ def parse(argv):
 
 
 def build_config(**given):
-    """Config from explicit values over the variant's over the preset's over the defaults. Raises Trouble."""
+    """Config: explicit values over the variant's over the task's (for the laptop preset) over the preset's
+    over the defaults. Raises Trouble."""
     for name, known in (("preset", [*PRESETS, "auto"]), ("variant", [*VARIANTS])):
         if given.setdefault(name, known[-1] if name == "preset" else known[0]) not in known:
             raise Trouble(f"unknown {name} {given[name]!r}; {nearest(given[name], known)}")
@@ -2456,7 +2462,8 @@ def build_config(**given):
         given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if given["preset"] == "auto":
         given["preset"] = "paper" if given["device"].startswith("cuda") else "laptop"
-    cfg = Config(**(PRESETS[given["preset"]] | VARIANTS[given["variant"]] | given))
+    task = TASKS.get(given.get("task"), {}) if given["preset"] == "laptop" else {}
+    cfg = Config(**(PRESETS[given["preset"]] | task | VARIANTS[given["variant"]] | given))
     if cfg.precision == "auto":
         cpu_has_it = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
         cfg.precision = "bfloat16" if cfg.device.startswith("cuda") or cpu_has_it else "float32"

@@ -1021,6 +1021,81 @@ def test_a_published_checkpoint_scores_as_its_run_did_and_is_not_continued(finis
     torch.testing.assert_close(small.agent.model.state_dict(), whole.agent.acting.model.state_dict(), rtol=1e-3, atol=1e-3)
 
 
+# ------------------------------------------------------------------------------------------------------ the sweep
+
+DOT = "gym:test_moto:test/Dot-v0"                                 # a name that processes which know nothing of this one can import
+
+
+def sweep_flags(dots, root, **changes):
+    common = {name: value for name, value in (TINY | {"data": dots, "logdir": root} | changes).items() if name != "task"}
+    return ["--sweep", *moto.flags(common)]
+
+
+def finish_times(root):
+    return {path.parent.name: path.stat().st_mtime_ns for path in Path(root).glob("*/result.json")}
+
+
+def test_a_sweep_runs_all_reports_failures_and_skips_what_is_finished(dots, tmp_path, capsys):
+    argv = [*sweep_flags(dots, tmp_path), "--tasks", DOT, "gym:NoSuch-v0", "--variants", "moto", "iql", "--jobs", "2"]
+    assert moto.main(argv) == 2
+    captured = capsys.readouterr()
+    names = {f"gym-test_moto-test-Dot-v0-{variant}-seed0" for variant in ("moto", "iql")}
+    assert set(finish_times(tmp_path)) == names and "4 runs" in captured.out and "2 of 4 runs failed" in captured.err
+    assert "gym-NoSuch-v0-iql-seed0" in captured.err and "NoSuch" in (tmp_path / "gym-NoSuch-v0-iql-seed0" / "log.txt").read_text()
+    alone = tmp_path / "alone" / "iql"                               # each run is what its own command would have made
+    assert moto.main(flags(**(TINY | dict(task=DOT, data=dots, variant="iql", logdir=alone)))) == 0
+    assert all(same(a, b) for a, b in zip(weights(alone), weights(tmp_path / "gym-test_moto-test-Dot-v0-iql-seed0")))
+    before = finish_times(tmp_path)
+    capsys.readouterr()
+    mine = [word for word in argv if word != "gym:NoSuch-v0"]
+    assert moto.main(mine) == 0
+    assert finish_times(tmp_path) == before and "2 finished before, 0 to do" in capsys.readouterr().out
+    assert not moto.finished(moto.build_config(**(TINY | dict(task=DOT, data=str(dots), logdir=str(tmp_path / min(names)), gamma=0.5))))
+    assert moto.main([word for word in mine if word != "moto"] + ["--online-episodes", "3"]) == 0      # another budget: not finished
+    assert {name for name in names if finish_times(tmp_path)[name] != before[name]} == {"gym-test_moto-test-Dot-v0-iql-seed0"}
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="follows processes as Linux does")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_sweep_leaves_nothing_running_and_resumes(dots, tmp_path, capsys, how):
+    """Two runs, one at a time. The sweep dies in the second, whose process saves and stops; repeated, only that one is continued."""
+    import select
+    argv = [*sweep_flags(dots, tmp_path, offline_updates=400, save_every=20, log_every=20), "--tasks", DOT, "--seeds", "0", "1"]
+    process = subprocess.Popen([sys.executable, HERE / "moto.py", *map(str, argv), "--jobs", "2"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while not process.stdout.readline().startswith("gym-test_moto-test-Dot-v0-moto-seed0: success"):
+        assert process.poll() is None
+    first, second = (tmp_path / f"gym-test_moto-test-Dot-v0-moto-seed{seed}" for seed in (0, 1))
+    while not (second / "checkpoint.pt").exists():                   # it is under way: 20 of 408 updates are saved
+        assert process.poll() is None
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    handles = [os.pidfd_open(pid) for pid in children]
+    process.send_signal(how)
+    assert process.wait(60) == {signal.SIGKILL: -9, signal.SIGINT: 130}[how]
+    for handle in handles:
+        assert select.select([handle], [], [], 60)[0]                # the run's process ends by itself
+    done = torch.load(second / "checkpoint.pt", weights_only=True)["state"]["updates"]
+    assert 0 < done < 408 and not (second / "result.json").exists()
+    before = finish_times(tmp_path)
+    assert moto.main([str(word) for word in argv]) == 0 and "1 finished before, 1 to do" in capsys.readouterr().out
+    assert f"continuing at update {done}" in (second / "log.txt").read_text()
+    assert finish_times(tmp_path).keys() == {first.name, second.name} and finish_times(tmp_path)[first.name] == before[first.name]
+
+
+def test_a_sweep_through_submitit(dots, tmp_path, capsys):
+    pytest.importorskip("submitit")
+    argv = [*sweep_flags(dots, tmp_path, online_episodes=1), "--tasks", "gym:NoSuch-v0", DOT, "--variants", "bc", "--jobs", "2", "--executor", "local"]
+    assert moto.main([str(word) for word in argv]) == 2
+    assert list(finish_times(tmp_path)) == ["gym-test_moto-test-Dot-v0-bc-seed0"] and "NoSuch" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_train_in_one_folder(dots, tmp_path, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    with open(tmp_path / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert run(dots, tmp_path) == 2 and "another process is training" in capsys.readouterr().err
+    assert run(dots, tmp_path) == 0
+
+
 # ------------------------------------------------------------------------------------------------------ errors
 
 def test_importing_moto_has_no_side_effects_and_needs_no_simulator(tmp_path):
