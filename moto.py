@@ -2091,7 +2091,8 @@ def sweep_run(argv, log, threads):
     with open(log, "ab", 0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    torch.set_num_threads(threads)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     stop = lambda: (parent.join(), os.kill(os.getpid(), signal.SIGTERM))
     threading.Thread(target=stop, daemon=True).start()

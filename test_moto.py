@@ -497,6 +497,18 @@ def test_a_variant_is_a_change_of_numbers():
             {"model", "actor", "acting", "critic", "target"}), name
 
 
+def test_a_task_has_its_own_budget_between_preset_and_variant():
+    build = lambda **given: moto.build_config(device="cpu", **given)
+    plain, hard = build(task="drawer-open"), build(task="hammer")
+    assert {name for name in moto.HARD if getattr(hard, name) != getattr(plain, name)} == set(moto.HARD)
+    assert build(task="hammer", variant="bc").online_episodes == 0 and build(task="hammer", online_episodes=7).online_episodes == 7
+    for preset in ("debug", "paper"):                                # these budgets are their own
+        assert build(task="hammer", preset=preset).offline_updates == moto.PRESETS[preset]["offline_updates"]
+    known = {f.name for f in dataclasses.fields(moto.Config)}
+    assert all(set(changes) <= known for changes in moto.TASKS.values())
+    assert all(build(task=task).online_episodes <= 400 for task in moto.TASKS)
+
+
 def test_what_sets_a_variant_apart_changes_the_update_and_the_rest_is_one_method():
     """With the other variants' numbers put back by hand each is moto again, bit for bit; without, each moves something differently."""
     def after(**changes):
@@ -1061,7 +1073,8 @@ def test_a_killed_sweep_leaves_nothing_running_and_resumes(dots, tmp_path, capsy
     """Two runs, one at a time. The sweep dies in the second, whose process saves and stops; repeated, only that one is continued."""
     import select
     argv = [*sweep_flags(dots, tmp_path, offline_updates=400, save_every=20, log_every=20), "--tasks", DOT, "--seeds", "0", "1"]
-    process = subprocess.Popen([sys.executable, HERE / "moto.py", *map(str, argv), "--jobs", "2"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen([sys.executable, HERE / "moto.py", *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
     while not process.stdout.readline().startswith("gym-test_moto-test-Dot-v0-moto-seed0: success"):
         assert process.poll() is None
     first, second = (tmp_path / f"gym-test_moto-test-Dot-v0-moto-seed{seed}" for seed in (0, 1))
