@@ -98,7 +98,7 @@ class Config:
     horizon: int = opt(5, "H, imagined steps [LOMPO: 5]")
     gamma: float = opt(0.98, "discount")
     lam: float = opt(0.95, "lam, Eq 9: 0 one-step values, 1 the whole horizon [DreamerV2: 0.95]")
-    alpha: float = opt(2.0, "penalty, Eq 7: reward lost where u exceeds its mean on the data by once that")
+    alpha: float = opt(1.0, "penalty, Eq 7: reward lost where u exceeds its mean on the data by once that")
     beta: float = opt(1.0, "weight of the behaviour term, Eq 14")
     eta: float = opt(1e-4, "weight of the entropy term, Eq 14")
     min_std: float = opt(0.05, "smallest deviation of the policy, before the tanh [DreamerV2: 0.1]")
@@ -138,7 +138,7 @@ PRESETS = {
                   critic_lr=3e-4, target_rate=0.02, offline_updates=1000, online_episodes=400,
                   updates_per_episode=50, eval_every=2500, eval_episodes=20, save_every=1000),
 }
-HARD = dict(offline_updates=750, online_episodes=125, updates_per_episode=12, eval_every=375)
+HARD = dict(offline_updates=750, online_episodes=100, updates_per_episode=12, eval_every=300)
 TASKS = {                                                  # what harder tasks need beyond the laptop preset
     "assembly": HARD | dict(episode_steps=150), "bin-picking": HARD | dict(episode_steps=150),
     "box-close": HARD, "coffee-push": HARD, "disassemble": HARD | dict(episode_steps=150), "hammer": HARD,
