@@ -1,9 +1,10 @@
 """MOTO in one file: offline pre-training to online fine-tuning for model-based robot learning, from pixels.
 
     python moto.py --task drawer-open                      # demonstrate, pre-train, fine-tune, draw
-    python moto.py --task drawer-open --variant no-unc     # an ablation; the same command again resumes a run
-    python moto.py --evaluate runs/drawer-open-moto-seed0  # score a checkpoint on fresh episodes
-    python moto.py --plot runs/*                           # learning curves over variants and seeds
+    python moto.py --task hammer --variant no-unc          # an ablation; the same command again resumes a run
+    python moto.py --evaluate results/drawer-open          # score a checkpoint on fresh episodes, draw a GIF
+    python moto.py --sweep --tasks hammer drawer-open --variants moto bc --seeds 0 1 2 --jobs 2
+    python moto.py --plot runs/*-seed*                     # learning curves and a table of many runs
     python moto.py --bench                                 # where the time goes on this machine
     python moto.py --help                                  # every number, its symbol, where it comes from
 
@@ -12,7 +13,8 @@ for Model-based Robot Learning", CoRL 2023, arXiv 2401.03306.
 
 The algorithm in ten lines:
     1. collect a few demonstrations (images, actions, sparse rewards)
-    2. repeat N times on the demonstrations alone (offline), then U times after each new episode (online):
+    2. repeat N times on the demonstrations alone (offline), then U times after each new episode (online; one
+       that succeeds joins the demonstrations):
     3.     sample B sequences of T steps
     4.     world model: filter the images into latents (Eq 1); learn to predict the next latent with K heads
            (Eq 2), the image and the reward (Eq 3), by maximising the evidence lower bound (Eq 4, 5)
@@ -23,7 +25,8 @@ The algorithm in ten lines:
     8.     actor: raise the expanded value through the model, and stay near the demonstrations (Eq 13, 14, 15)
     9. Theorem B.1 says why lowering the reward is safe (Eq 16, on a table)
 
-Read forward: the mathematics first, the plumbing (files, simulators, pictures, command line) after it.
+Read forward: the mathematics first, then the model-free baselines (BC, IQL, CQL, SAC), then the plumbing
+(files, simulators, pictures, sweeps, command line).
 
 Axes:    B batch, T time, H horizon, K ensemble, A action, E embedding, D deterministic, S stochastic,
          F = D + S (feature), N = B * T, P pixels a side, L steps of an episode.
@@ -69,9 +72,10 @@ class Config:
                               "for 5,000 updates and more); --no-compile: the plain form, eager")
     workers: int = opt(0, "processes that play episodes; 0: one per CPU core, 8 at most; 1: none, all in one")
     image_size: int = opt(64, "P, pixels a side, a multiple of 16 [paper: 64]")
+    supersample: int = opt(2, "Meta-World: a pixel is the mean of this many squared rendered ones")
     action_repeat: int = opt(2, "simulator steps per agent step [authors' baselines: 2]")
     episode_steps: int = opt(100, "L, agent steps per episode; a time limit, no terminal state [paper: 200]")
-    success_reward: float = opt(1.0, "gym: where no success is reported, a step with this reward is one")
+    success_reward: float = opt(1.0, "a step with this reward is a success, where gym reports none")
     # Data
     data: str = opt("", "folder of your own .npz episodes (layout in README); empty: scripted demonstrations")
     demos: int = opt(10, "successful scripted demonstrations to collect [paper: 10]")
@@ -1202,7 +1206,7 @@ class MetaWorld:
     shadows, multisampling and reflections are off, which renders much faster in software. Instead each pixel
     is the mean of `finer` x `finer` rendered ones: a hand is then located to fractions of a pixel (1 cm).
     """
-    action_size, terminates, finer = 4, False, 2
+    action_size, terminates = 4, False
     view = {"azimuth": 15, "elevation": -22.5, "distance": 0.75, "lookat": [-0.15, 0.65, 0.25]}
 
     def __init__(self, cfg):
@@ -1225,6 +1229,7 @@ class MetaWorld:
             raise Trouble(f"--episode-steps is {cfg.episode_steps} but Meta-World allows at most {most}")
         quality = self.env.model.vis.quality
         quality.shadowsize = quality.offsamples = 0                  # SHARP: before the renderer is built
+        self.finer = cfg.supersample
         side = self.finer * cfg.image_size
         self.renderer = mujoco.Renderer(self.env.model, side, side)
         self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
@@ -1484,7 +1489,9 @@ class Run:
         self.state["seconds"][stage] = self.state["seconds"].get(stage, 0) + time.perf_counter() - started
 
     def compare_config(self, then):
-        """Raise Trouble, field by field, where the checkpoint's config differs from today's."""
+        """Raise Trouble, field by field, where the checkpoint's config differs from today's. A field that was
+        not there then had, in effect, its default."""
+        then = dataclasses.asdict(Config()) | then
         changed = [f"{name} ({then.get(name)!r} there, {value!r} now)" for name, value in
                    dataclasses.asdict(self.cfg).items() if value != then.get(name) and name not in MAY_CHANGE]
         if changed:
@@ -2200,7 +2207,8 @@ def last_words(log):
     """The last line that the program itself wrote in a log: the sentence of a Trouble, as a rule."""
     with contextlib.suppress(OSError):
         lines = log.read_text(errors="replace").splitlines()
-        return next((line[6:] for line in reversed(lines) if line.startswith("moto: ")), "")
+        words = next((line[6:] for line in reversed(lines) if line.startswith("moto: ")), "")
+        return words if len(words) < 200 else words[:200] + " ..."
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2366,8 +2374,12 @@ def bench_env(cfg, steps=100):
 def bench(cfg, as_json):
     """--bench: measure this config on this machine; a table, or JSON on standard output.
 
-    The figures at the top level are those of the form that is fastest once it runs, named in `form`.
+    The figures at the top level are those of the form that is fastest once it runs, named in `form`. Raises
+    Trouble for the model-free baselines, whose updates have none of these parts.
     """
+    if cfg.variant in LEARNERS:
+        raise Trouble(f"--bench measures the parts of MOTO; {cfg.variant} has none of them: choose another "
+                      "--variant")
     learner(cfg)
     result = {"machine": machine(cfg.device), "torch": torch.__version__, "threads": torch.get_num_threads(),
               "preset": cfg.preset, "device": cfg.device, "precision": cfg.precision,
@@ -2506,13 +2518,13 @@ def reuse_memory():
 
 AT_LEAST = {0: ("seed", "workers", "demo_noise", "demo_tail", "free_nats", "kl_scale", "reward_scale",
                 "repr_weight", "alpha", "beta", "eta", "real_weight", "value_weight", "offline_updates",
-                "online_episodes"),
-            1: ("action_repeat", "episode_steps", "demos", "batch", "channels", "deter", "stoch", "hidden",
-                "ensemble", "horizon", "updates_per_episode", "eval_every", "eval_episodes", "final_episodes",
-                "log_every", "save_every"),
+                "online_episodes", "shift", "temperature", "cql_weight"),
+            1: ("action_repeat", "supersample", "episode_steps", "demos", "batch", "channels", "deter", "stoch",
+                "hidden", "ensemble", "horizon", "updates_per_episode", "eval_every", "eval_episodes",
+                "final_episodes", "log_every", "save_every", "frames"),
             2: ("length",)}
-SHARES = ("gamma", "lam", "kl_balance", "decode", "offline_fraction", "target_rate", "acting_rate",
-          "lag")
+SHARES = ("gamma", "lam", "kl_balance", "decode", "offline_fraction", "target_rate", "acting_rate", "lag",
+          "expectile")
 POSITIVE = ("min_std", "model_lr", "actor_lr", "critic_lr", "grad_clip", "decode")
 
 
@@ -2525,6 +2537,7 @@ def check_config(cfg):
     rules += [(name, not isinstance(value, float) or math.isfinite(value), "finite")
               for name, value in dataclasses.asdict(cfg).items()]
     rules += [("gamma", cfg.gamma < 1, "below 1: values are in units of 1 / (1 - gamma)"),
+              ("frames", cfg.frames < cfg.length, "smaller than --length"),
               ("image_size", cfg.image_size >= 16 and cfg.image_size % 16 == 0, "a multiple of 16"),
               ("precision", cfg.precision in ("float32", "bfloat16"), "auto, float32 or bfloat16"),
               ("reward_head", cfg.reward_head in ("bernoulli", "normal"), "auto, bernoulli or normal")]

@@ -1156,6 +1156,15 @@ def test_bad_input_gets_one_sentence(capsys, tmp_path, argv, words):
     one_sentence(capsys, argv + [w for k, v in defaults.items() if k not in argv for w in (k, v)], *words)
 
 
+@pytest.mark.parametrize("argv, words", [(["--bench", "--variant", "iql"], "parts of MOTO"), (["--sweep", "--variants", "motto"], "did you mean moto"),
+                                         (["--sweep", "--jobs", "0"], "--jobs at least 1"), (["--sweep", "--executor", "pbs"], "process, slurm, local"),
+                                         (["--publish", "no/such/run", "x"], "no run folder")])
+def test_commands_with_bad_arguments_say_so(capsys, argv, words):
+    assert moto.main(argv) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
+
+
 def test_an_unknown_flag_exits_with_two():
     with pytest.raises(SystemExit) as stop:
         moto.main(["--horizn", "3"])
