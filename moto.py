@@ -2519,9 +2519,9 @@ def reuse_memory():
 AT_LEAST = {0: ("seed", "workers", "demo_noise", "demo_tail", "free_nats", "kl_scale", "reward_scale",
                 "repr_weight", "alpha", "beta", "eta", "real_weight", "value_weight", "offline_updates",
                 "online_episodes", "shift", "temperature", "cql_weight"),
-            1: ("action_repeat", "supersample", "episode_steps", "demos", "batch", "channels", "deter", "stoch",
-                "hidden", "ensemble", "horizon", "updates_per_episode", "eval_every", "eval_episodes",
-                "final_episodes", "log_every", "save_every", "frames"),
+            1: ("action_repeat", "supersample", "episode_steps", "demos", "batch", "channels", "deter",
+                "stoch", "hidden", "ensemble", "horizon", "updates_per_episode", "eval_every",
+                "eval_episodes", "final_episodes", "log_every", "save_every", "frames"),
             2: ("length",)}
 SHARES = ("gamma", "lam", "kl_balance", "decode", "offline_fraction", "target_rate", "acting_rate", "lag",
           "expectile")
