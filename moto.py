@@ -2017,9 +2017,11 @@ def draw_groups(path, tasks, ylabel, value, **limits):
     """A panel per task, a line per group of runs: mean and range over seeds of value(evaluation row)."""
     columns = min(5, len(tasks))
     fig, axes = figure(4.4 * columns, 3.6 * math.ceil(len(tasks) / columns), math.ceil(len(tasks) / columns),
-                       columns, squeeze=False)
+                       columns, squeeze=False, sharey=True)
     for axis in axes.flat[len(tasks):]:
         axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel(ylabel)
     for axis, (task, groups) in zip(axes.flat, sorted(tasks.items())):
         for label, members in groups.items():
             common = sorted(set.intersection(*[{e for e, row in rows.items() if value(row) is not None}
@@ -2032,7 +2034,8 @@ def draw_groups(path, tasks, ylabel, value, **limits):
                     axis.fill_between(common, y.min(0), y.max(0), color=line.get_color(), alpha=0.15)
                 else:                                              # no online phase: a level to compare with
                     axis.axhline(y.mean(), ls="--", color="black", lw=1, label=label)
-        axis.set(title=task, xlabel="online episodes (0: after the offline phase)", ylabel=ylabel, **limits)
+        axis.set(title=task, xlabel="online episodes (0: after the offline phase)", **limits)
+        axis.axhline(0, color="black", lw=0.8)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     save_figure(fig, path)
@@ -2057,7 +2060,7 @@ def plot(logdirs):
                 ylim=(-0.03, 1.03))
     def gap(row):
         return row["evaluation/promise"] - row["evaluation/return"] if "evaluation/promise" in row else None
-    draw_groups(folder / "gap.png", tasks, "promised minus real return, in units of 1 / (1 - gamma)", gap)
+    draw_groups(folder / "gap.png", tasks, "promised minus real return\n(units of 1 / (1 - gamma))", gap)
     print("| task | runs | seeds | offline | at 100 | at 200 | final | 95 % interval | episodes |")
     print("|---|---|---|---|---|---|---|---|---|")
     for task, groups in sorted(tasks.items()):
