@@ -454,7 +454,7 @@ def test_each_loss_moves_its_own_parameters_and_no_others(agent):
 def test_one_backward_pass_gives_actor_and_critic_their_own_gradients_alone(agent):
     """The sum of both losses is differentiated once: neither loss may reach the other's parameters, nor the model's."""
     batch = batch_of(agent.cfg)
-    batch |= {"leaves": torch.ones(4, 5), "demonstrated": torch.ones(4, 5)}
+    batch |= {"leaves": torch.ones(4, 5), "imitated": torch.ones(4, 5)}
     feat = torch.randn(4, 6, agent.cfg.deter + agent.cfg.stoch)
     parts = {}
     true_actor_loss, true_critic_loss = moto.actor_loss, moto.critic_loss
@@ -517,7 +517,7 @@ def test_what_sets_a_variant_apart_changes_the_update_and_the_rest_is_one_method
         torch.manual_seed(1)
         agent.update(batch_of(agent.cfg))
         return snapshot(agent)
-    whole, kept = after(), dict(alpha=50.0, beta=0.3, repr_weight=1.0, real_weight=1.0)
+    whole, kept = after(), dict(alpha=50.0, beta=moto.Config.beta, repr_weight=1.0, real_weight=1.0)
     for name, same in (("no-unc", {"model"}), ("no-bc", {"critic"}), ("no-bc-no-unc", set()), ("dreamerv2", set())):
         mine, restored = after(variant=name), after(variant=name, **kept)
         assert {n for n in whole if torch.equal(mine[n], whole[n])} - {"target"} == same - ({"critic"} if name == "no-bc" else set()), name
