@@ -1047,7 +1047,8 @@ def finish_times(root):
     return {path.parent.name: path.stat().st_mtime_ns for path in Path(root).glob("*/result.json")}
 
 
-def test_a_sweep_runs_all_reports_failures_and_skips_what_is_finished(dots, tmp_path, capsys):
+def test_a_sweep_runs_all_reports_failures_and_skips_what_is_finished(dots, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))   # of the sweep's processes: sums depend on it
     argv = [*sweep_flags(dots, tmp_path), "--tasks", DOT, "gym:NoSuch-v0", "--variants", "moto", "iql", "--jobs", "2"]
     assert moto.main(argv) == 2
     captured = capsys.readouterr()
