@@ -564,14 +564,20 @@ def update_target(target, source, rate):
 # The actor and its behaviour prior
 # ------------------------------------------------------------------------------------------------------------
 
+def action_nll(actor, feat, a):
+    """-ln pi(a_{t+1} | s_t) in nats: feat (B, T, F), a (B, T, A) -> (B, T-1). Actions are moved to +-0.99 at
+    most: at +-1 the density is infinite."""
+    return -actor(feat[:, :-1]).log_prob(a[:, 1:].clamp(-0.99, 0.99))
+
+
 def behaviour_loss(actor, feat, a, weight):
     """Eq 13: the behaviour prior, maximum likelihood of the offline actions: -E_data[ln pi(a_{t+1} | s_t)].
 
     feat (B, T, F), a (B, T, A), weight (B, T-1): one where a_{t+1} is an offline action that left s_t. Alone
-    it is behaviour cloning; inside Eq 14 it is the policy's anchor. Returns nats per action. Actions are
-    moved to +-0.99 at most: at +-1 the density is infinite. Source: TD3+BC for its use beside a value.
+    it is behaviour cloning; inside Eq 14 it is the policy's anchor. Returns nats per action. Source: TD3+BC
+    for its use beside a value.
     """
-    return weighted_mean(-actor(feat[:, :-1]).log_prob(a[:, 1:].clamp(-0.99, 0.99)), weight)
+    return weighted_mean(action_nll(actor, feat, a), weight)
 
 
 def actor_loss(V0, behaviour, logp, weight, cfg):
@@ -976,7 +982,7 @@ class IQL(BC):
         y = critic_target(batch["r"], batch["terminal"], V, cfg.gamma)
         critic = critic_loss(self.critic(feat[:, :-1], a), y, leaves, unit)
         worth = (cfg.temperature * advantage.detach()).exp().clamp(max=100)
-        nll = -self.actor(feat[:, :-1]).log_prob(a.clamp(-0.99, 0.99))
+        nll = action_nll(self.actor, feat, batch["a"])
         actor = weighted_mean(worth * nll, leaves)
         return value + critic + actor, {
             "actor/behaviour_nll": weighted_mean(nll, batch["imitated"]), "critic/real": critic,
@@ -1459,6 +1465,14 @@ MAY_CHANGE = {"logdir", "device", "cache", "data", "online_episodes", "eval_ever
               "final_episodes", "save_every", "log_every", "compile", "workers"}     # when a run is continued
 
 
+def differences(then, cfg):
+    """What differs between a saved config (a dict) and this one, beyond what may. A field that was not there
+    then had, in effect, its default."""
+    then = dataclasses.asdict(Config()) | then
+    return [f"{name} ({then[name]!r} there, {value!r} now)" for name, value in dataclasses.asdict(cfg).items()
+            if value != then[name] and name not in MAY_CHANGE]
+
+
 class Run:
     """One run: config, environment, agent, data, counters, metrics, and the checkpoint that holds them."""
 
@@ -1489,11 +1503,8 @@ class Run:
         self.state["seconds"][stage] = self.state["seconds"].get(stage, 0) + time.perf_counter() - started
 
     def compare_config(self, then):
-        """Raise Trouble, field by field, where the checkpoint's config differs from today's. A field that was
-        not there then had, in effect, its default."""
-        then = dataclasses.asdict(Config()) | then
-        changed = [f"{name} ({then.get(name)!r} there, {value!r} now)" for name, value in
-                   dataclasses.asdict(self.cfg).items() if value != then.get(name) and name not in MAY_CHANGE]
+        """Raise Trouble, field by field, where the checkpoint's config differs from today's."""
+        changed = differences(then, self.cfg)
         if changed:
             raise Trouble(f"{self.dir} was made with another config: {'; '.join(changed)}; repeat its flags "
                           "or choose another --logdir")
@@ -2090,8 +2101,8 @@ def finished(cfg):
     except (OSError, ValueError, KeyError):
         return False
     planned = cfg.offline_updates + cfg.online_episodes * cfg.updates_per_episode
-    return (result["updates"], result["eval_episodes"]) == (planned, cfg.final_episodes) and all(
-        then.get(name) == value for name, value in dataclasses.asdict(cfg).items() if name not in MAY_CHANGE)
+    done = result["updates"], result["eval_episodes"]
+    return done == (planned, cfg.final_episodes) and not differences(then, cfg)
 
 
 def sweep_run(argv, log, threads):
@@ -2158,7 +2169,7 @@ def sweep(given, commands):
     for variant in commands.get("variants", [given.pop("variant", "moto")]):       # the last changes fastest
         for task in commands.get("tasks", [given.get("task", "drawer-open")]):
             for seed in commands.get("seeds", [given.get("seed", 0)]):
-                name = f"{task.replace(':', '-').replace('/', '-')}-{variant}-seed{seed}"
+                name = run_name(task, variant, seed)
                 mine = {"workers": threads} | given | {
                     "task": task, "variant": variant, "seed": seed, "logdir": str(Path(root) / name)}
                 total += 1
@@ -2486,10 +2497,14 @@ def build_config(**given):
     cfg.workers = cfg.workers or min(8, cores())
     if cfg.reward_head == "auto":
         cfg.reward_head = "normal" if cfg.task.startswith("gym:") else "bernoulli"
-    name = cfg.task.replace(":", "-").replace("/", "-")
-    cfg.logdir = cfg.logdir or f"runs/{name}-{cfg.variant}-seed{cfg.seed}"
+    cfg.logdir = cfg.logdir or f"runs/{run_name(cfg.task, cfg.variant, cfg.seed)}"
     check_config(cfg)
     return cfg
+
+
+def run_name(task, variant, seed):
+    """The name of a run's folder."""
+    return f"{task.replace(':', '-').replace('/', '-')}-{variant}-seed{seed}"
 
 
 def cores():
