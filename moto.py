@@ -94,10 +94,10 @@ class Config:
     decode: float = opt(0.5, "share of a batch's frames, drawn at random, in the image term of Eq 4")
     kl_balance: float = opt(0.8, "w, Eq 5: share of the KL that trains the prior [DreamerV2: 0.8]")
     free_nats: float = opt(1.0, "Eq 5: KL below this many nats is not pressed further [DreamerV2: 1]")
-    kl_scale: float = opt(1.0, "weight of the KL in Eq 4")
+    kl_scale: float = opt(0.1, "weight of the KL in Eq 4; less lets the latent tell where small things are")
     reward_scale: float = opt(10.0, "weight of -ln p(r|s) in Eq 4: one number beside 12,288 pixels")
     reward_head: str = opt("auto", "p(r|s): bernoulli (r is 0 or 1), normal, auto: bernoulli on Meta-World")
-    repr_weight: float = opt(1.0, "weight of the behaviour gradient into encoder and RSSM (DEPARTURE)")
+    repr_weight: float = opt(10.0, "weight of the behaviour gradient into encoder and RSSM (DEPARTURE)")
     # Value expansion, critic, actor
     horizon: int = opt(5, "H, imagined steps [LOMPO: 5]")
     gamma: float = opt(0.98, "discount")
@@ -142,7 +142,7 @@ PRESETS = {
                   critic_lr=3e-4, target_rate=0.02, offline_updates=1000, online_episodes=400,
                   updates_per_episode=50, eval_every=2500, eval_episodes=20, save_every=1000),
 }
-HARD = dict(offline_updates=750, online_episodes=100, updates_per_episode=12, eval_every=300)
+HARD = dict(offline_updates=1500, online_episodes=200, updates_per_episode=10, eval_every=500)
 TASKS = {                                                  # what harder tasks need beyond the laptop preset
     "assembly": HARD | dict(episode_steps=150), "bin-picking": HARD | dict(episode_steps=150),
     "box-close": HARD, "coffee-push": HARD, "disassemble": HARD | dict(episode_steps=150), "hammer": HARD,
