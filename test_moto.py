@@ -1384,7 +1384,7 @@ def test_moto_beats_its_own_behaviour_prior(tmp_path):
     data = dot_episodes(tmp_path / "data", 12, speed=0.3, noise=0.3)
     common = TINY | dict(data=data, batch=8, length=8, channels=8, deter=64, stoch=8, hidden=64, horizon=5, offline_updates=200,
                          online_episodes=16, updates_per_episode=15, final_episodes=50, save_every=1000, model_lr=3e-3, actor_lr=1e-3,
-                         critic_lr=2e-3, gamma=0.9, beta=0.02, log_every=50, reward_head="bernoulli")
+                         critic_lr=2e-3, gamma=0.9, beta=0.02, log_every=50, reward_head="bernoulli", kl_scale=1.0, repr_weight=1.0)
     scores = {}
     for name, own in (("prior", {"value_weight": 0, "eta": 0, "online_episodes": 0, "offline_updates": 440}), ("moto", {})):
         assert moto.main(flags(**(common | own | {"logdir": tmp_path / name}))) == 0
