@@ -85,6 +85,7 @@ class Config:
     offline_fraction: float = opt(0.5, "online: share of each batch drawn from the offline data")
     batch: int = opt(16, "B, sequences per batch [LOMPO: 64]")
     length: int = opt(16, "T, steps per sequence [LOMPO: 50]")
+    shift: int = opt(3, "random shifts of the images, in pixels [DrQ: 4 of 84]; 0: none")
     # World model
     channels: int = opt(16, "width of the first convolution; it doubles three times")
     deter: int = opt(256, "D, size of h [LOMPO: 256]")
@@ -97,7 +98,8 @@ class Config:
     kl_scale: float = opt(0.1, "weight of the KL in Eq 4; less lets the latent tell where small things are")
     reward_scale: float = opt(10.0, "weight of -ln p(r|s) in Eq 4: one number beside 12,288 pixels")
     reward_head: str = opt("auto", "p(r|s): bernoulli (r is 0 or 1), normal, auto: bernoulli on Meta-World")
-    repr_weight: float = opt(10.0, "weight of the behaviour gradient into encoder and RSSM (DEPARTURE)")
+    repr_weight: float = opt(30.0, "weight of the behaviour gradient into encoder and RSSM (DEPARTURE)")
+    forget: float = opt(0.25, "share of steps before which the behaviour term's memory is wiped (DEPARTURE)")
     # Value expansion, critic, actor
     horizon: int = opt(5, "H, imagined steps [LOMPO: 5]")
     gamma: float = opt(0.98, "discount")
@@ -117,7 +119,6 @@ class Config:
     grad_clip: float = opt(100.0, "largest norm of each optimiser's gradient")
     # The model-free baselines
     frames: int = opt(3, "images stacked [paper: 3]")
-    shift: int = opt(3, "random shifts of the images, in pixels of 64 [DrQ: 4 of 84]; 0: none")
     expectile: float = opt(0.5, "IQL: expectile of V [paper: 0.5]")
     temperature: float = opt(3.0, "IQL: sharpness of the advantage's weight [paper: 3]")
     cql_weight: float = opt(5.0, "CQL: weight of the conservative term [paper: 5]; 0 is SAC")
@@ -142,7 +143,7 @@ PRESETS = {
                   critic_lr=3e-4, target_rate=0.02, offline_updates=1000, online_episodes=400,
                   updates_per_episode=50, eval_every=2500, eval_episodes=20, save_every=1000),
 }
-HARD = dict(offline_updates=1500, online_episodes=200, updates_per_episode=10, eval_every=500,
+HARD = dict(offline_updates=2000, online_episodes=200, updates_per_episode=10, eval_every=500,
             eval_episodes=20)
 TASKS = {                                                  # what harder tasks need beyond the laptop preset
     "assembly": HARD | dict(episode_steps=150), "bin-picking": HARD | dict(episode_steps=150),
@@ -360,25 +361,27 @@ class WorldModel(nn.Module):
         return h, mean + std * noise, mean, std
 
     def observe(self, x, a, first):
-        """Filter whole sequences: x (B, T, 3, P, P), a (B, T, A), first (B, T) -> h, z, mean, std (B, T, .).
+        """Encode and filter whole sequences: x (B, T, 3, P, P) -> h, z, mean, std (B, T, .)."""
+        return self.filter(self.embed(x), a, first)
+
+    def embed(self, x):
+        """The encoder on whole sequences: x (B, T, 3, P, P) -> embed (B, T, E)."""
+        return self.encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]).float()
+
+    def filter(self, embed, a, first):
+        """Eq 1 along sequences: embed (B, T, E), a (B, T, A), first (B, T) -> h, z, mean, std (B, T, .).
 
         Where `first` is set a new episode begins inside the sequence: state and action are forgotten there.
         """
-        embed = self.encoder(x.flatten(0, 1)).unflatten(0, a.shape[:2])
-        with torch.autocast(a.device.type, enabled=False):           # B rows are too few for bfloat16 to pay
-            return self.filter(embed.float(), a, first)
-
-    def filter(self, embed, a, first):
-        """`observe` after the encoder: embed (B, T, E) -> h, z, mean, std (B, T, .)."""
         B, T = a.shape[:2]
         noise = torch.randn(B, T, self.cfg.stoch, device=a.device)
         keep = (~first).float().unsqueeze(-1)
-        h, z = self.initial(B, a.device)
-        steps = []
-        for t in range(T):
-            h, z, a_t = h * keep[:, t], z * keep[:, t], a[:, t] * keep[:, t]
-            h, z, mean, std = self.filter_step(h, z, a_t, embed[:, t], noise[:, t])
-            steps.append((h, z, mean, std))
+        (h, z), steps = self.initial(B, a.device), []
+        with torch.autocast(a.device.type, enabled=False):           # B rows are too few for bfloat16 to pay
+            for t in range(T):
+                h, z, a_t = h * keep[:, t], z * keep[:, t], a[:, t] * keep[:, t]
+                h, z, mean, std = self.filter_step(h, z, a_t, embed[:, t], noise[:, t])
+                steps.append((h, z, mean, std))
         return [torch.stack(column, 1) for column in zip(*steps)]
 
     def expected_reward(self, feat):
@@ -440,10 +443,10 @@ def model_loss(model, batch):
         L = -ln p(x_t|s_t) - ln p(r_t|s_t) + mean_k KL(q(z_t) || p_k(z_t)),   s_t ~ q (Eq 1)
 
     batch: dict of x (B, T, 3, P, P), a (B, T, A), r, terminal, first (B, T).
-    Returns (loss, metrics, feat (B, T, F)).
+    Returns (loss, metrics, feat (B, T, F), embed (B, T, E)).
     """
-    cfg = model.cfg
-    h, z, mean, std = model.observe(batch["x"], batch["a"], batch["first"])
+    cfg, embed = model.cfg, model.embed(batch["x"])
+    h, z, mean, std = model.filter(embed, batch["a"], batch["first"])
     N = h.shape[0] * h.shape[1]
     feat = torch.cat([h, z], -1)
     chosen = torch.randperm(N, device=h.device)[:max(1, round(cfg.decode * N))]
@@ -455,7 +458,7 @@ def model_loss(model, batch):
     scales = {"image": 1.0, "reward": cfg.reward_scale, "kl": cfg.kl_scale, "continuation": 1.0}
     metrics = {f"model/{name}": value.detach() for name, value in losses.items()}
     metrics["model/disagreement"] = disagreement(prior[0]).mean().detach()
-    return sum(scales[name] * value for name, value in losses.items()), metrics, feat
+    return sum(scales[name] * value for name, value in losses.items()), metrics, feat, embed
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -638,6 +641,21 @@ def to_image(x, plain=False):
     return x.contiguous() if plain else x
 
 
+def random_shift(image, pixels):
+    """Move each image (N, P, P, C), or each sequence as one (N, T, P, P, C), by up to `pixels` in any direction;
+    the edge is repeated.
+
+    Ten demonstrations are few enough for a network on pixels to learn by heart. Source: DrQ, Kostrikov et al.
+    2020.
+    """
+    N, P = len(image), image.shape[-2]
+    shift = torch.randint(-pixels, pixels + 1, (2, N, 1), device=image.device)
+    rows, columns = (torch.arange(P, device=image.device) + shift).clamp(0, P - 1)
+    each = torch.arange(N, device=image.device)[:, None, None]
+    moved = image[each, ..., rows[:, :, None], columns[:, None, :], :]               # (N, P, P, [T,] C)
+    return moved.movedim((1, 2), (-3, -2)).contiguous()
+
+
 @contextlib.contextmanager
 def frozen(*modules):
     """Inside, these modules pass gradients on to their inputs but collect none for their parameters."""
@@ -797,14 +815,15 @@ class Agent(Learner):
         """
         torch.compiler.cudagraph_mark_step_begin()                 # CUDA graphs reuse their memory from here
         batch = self.arrive(batch)
+        batch["image"] = random_shift(batch["image"], self.cfg.shift)         # a sequence moves as one
         with frozen(self.actor), self.autocast():
-            loss, metrics, feat = self.model_terms(batch)
+            loss, metrics, feat, brief = self.model_terms(batch)
         metrics = metrics | self.step(loss, "model")
         u, typical = metrics["model/disagreement"], self.model.typical_u
         typical.copy_(torch.where(typical == 0, u, torch.lerp(typical, u, 0.01)))
 
         with frozen(self.model), self.autocast():
-            loss, more = self.policy_terms(feat.detach(), batch)
+            loss, more = self.policy_terms(feat.detach(), brief.detach(), batch)
         learners = ("actor", "critic") if self.cfg.value_weight else ("actor",)
         metrics |= more | self.step(loss, *learners)
         update_target(self.target, self.critic, self.cfg.target_rate)
@@ -812,22 +831,32 @@ class Agent(Learner):
         return as_numbers(metrics)
 
     def model_terms(self, batch):
-        """Eq 4, and the behaviour term's share in shaping the representation -> loss, metrics, feat."""
-        batch = batch | {"x": to_image(batch["image"], plain=not self.cfg.compile)}
-        loss, metrics, feat = model_loss(self.model, batch)
-        if self.cfg.repr_weight:
-            shaping = behaviour_loss(self.actor, feat, batch["a"], batch["imitated"])
-            loss = loss + self.cfg.repr_weight * shaping
-        return loss, metrics, feat.float()
+        """Eq 4, and the behaviour term's share in shaping the representation -> loss, metrics, feat, brief.
 
-    def policy_terms(self, feat, batch):
-        """Eq 13 and, with a value weight, Eq 6 to 11, 14: feat (B, T, F) without gradient -> loss, metrics.
+        DEPARTURE: the behaviour term sees states of `brief` memory, filtered once more with the past wiped at
+        random (`forget`). A policy that remembers what it did learns to go on doing it instead of looking:
+        better on held-out demonstrations, worse when it acts. Source: de Haan et al. 2019, causal confusion.
+        """
+        cfg, batch = self.cfg, batch | {"x": to_image(batch["image"], plain=not self.cfg.compile)}
+        loss, metrics, feat, embed = model_loss(self.model, batch)
+        brief = feat
+        if cfg.forget:
+            wiped = torch.rand(batch["first"].shape, device=feat.device) < cfg.forget
+            brief = torch.cat(self.model.filter(embed, batch["a"], batch["first"] | wiped)[:2], -1)
+        if cfg.repr_weight:
+            shaping = behaviour_loss(self.actor, brief, batch["a"], batch["imitated"])
+            loss = loss + cfg.repr_weight * shaping
+        return loss, metrics, feat.float(), brief.float()
+
+    def policy_terms(self, feat, brief, batch):
+        """Eq 13 and, with a value weight, Eq 6 to 11, 14: feat, brief (B, T, F) without gradient -> loss,
+        metrics.
 
         The loss is the actor's plus the critics': neither reaches the other's parameters, so that one
         backward pass serves both.
         """
         cfg, model = self.cfg, self.model
-        behaviour = behaviour_loss(self.actor, feat, batch["a"], batch["imitated"])
+        behaviour = behaviour_loss(self.actor, brief, batch["a"], batch["imitated"])
         if not cfg.value_weight:
             return behaviour, {"actor/behaviour_nll": behaviour.detach()}
         start = feat.flatten(0, 1)
@@ -863,17 +892,6 @@ class Agent(Learner):
 # ------------------------------------------------------------------------------------------------------------
 # The model-free baselines: the same encoder, actor, critics, replay and loops, without a model
 # ------------------------------------------------------------------------------------------------------------
-
-def random_shift(image, pixels):
-    """Move each image (N, P, P, C) by up to `pixels` up or down, left or right; the edge is repeated.
-
-    Without it critics on pixels learn the images by heart. Source: DrQ, Kostrikov et al. 2020.
-    """
-    N, P = image.shape[:2]
-    shift = torch.randint(-pixels, pixels + 1, (2, N, 1), device=image.device)
-    rows, columns = (torch.arange(P, device=image.device) + shift).clamp(0, P - 1)
-    return image[torch.arange(N, device=image.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
-
 
 def stacked(image, first, frames):
     """Images of steps t - frames + 1 to t along the channels: (B, T, P, P, 3) -> (B, T', P, P, 3 * frames).
@@ -2335,12 +2353,13 @@ def bench_parts(cfg, repeat=10):
     calls = {
         "whole update": update, "optimisers": optimisers, "data": sample,
         "encoder": both_ways(lambda: model.encoder(x).float().sum()),
-        "recurrent pass": lambda: everything(model.filter(embed * 1, batch["a"], batch["first"])).backward(),
+        "recurrent pass": lambda: sum(                               # one for the model, one to forget
+            everything(model.filter(embed * 1, batch["a"], batch["first"])) for _ in range(2)).backward(),
         "model": both_ways(lambda: agent.model_terms(batch)[0], agent.actor),
         "imagination": both_ways(lambda: everything(
             imagine(model, agent.actor, start[:, :D], start[:, D:], H).values()), model),
         "critic": both_ways(lambda: agent.critic(states, actions).sum()),
-        "policy": both_ways(lambda: agent.policy_terms(feat, batch)[0], model)}
+        "policy": both_ways(lambda: agent.policy_terms(feat, feat, batch)[0], model)}
     medians(calls, 2, device)
     ms = {name: 1e3 * seconds for name, seconds in medians(calls, repeat, device).items()}
     gflop = {name: flops(call) / 1e9 for name, call in calls.items()}
@@ -2542,8 +2561,8 @@ AT_LEAST = {0: ("seed", "workers", "demo_noise", "demo_tail", "free_nats", "kl_s
                 "stoch", "hidden", "ensemble", "horizon", "updates_per_episode", "eval_every",
                 "eval_episodes", "final_episodes", "log_every", "save_every", "frames"),
             2: ("length",)}
-SHARES = ("gamma", "lam", "kl_balance", "decode", "offline_fraction", "target_rate", "acting_rate", "lag",
-          "expectile")
+SHARES = ("gamma", "lam", "forget", "kl_balance", "decode", "offline_fraction", "target_rate", "acting_rate",
+          "lag", "expectile")
 POSITIVE = ("min_std", "model_lr", "actor_lr", "critic_lr", "grad_clip", "decode")
 
 

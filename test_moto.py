@@ -192,7 +192,7 @@ def test_eq03_the_decoders_convolution_is_a_transposed_convolution(layout):
 def test_eq04_model_loss_is_the_sum_of_its_parts_and_reaches_every_parameter(agent):
     cfg = agent.cfg
     torch.manual_seed(0)
-    loss, metrics, feat = moto.model_loss(agent.model, prepared(batch_of(cfg)))
+    loss, metrics, feat, embed = moto.model_loss(agent.model, prepared(batch_of(cfg)))
     expected = (metrics["model/image"] + cfg.reward_scale * metrics["model/reward"] + cfg.kl_scale * metrics["model/kl"]
                 + metrics["model/continuation"])
     torch.testing.assert_close(loss.detach(), expected)
@@ -462,7 +462,7 @@ def test_one_backward_pass_gives_actor_and_critic_their_own_gradients_alone(agen
     moto.critic_loss = lambda *args: parts.setdefault(f"critic {len(parts)}", true_critic_loss(*args))
     try:
         with moto.frozen(agent.model):
-            agent.policy_terms(feat, batch)
+            agent.policy_terms(feat, feat, batch)
     finally:
         moto.actor_loss, moto.critic_loss = true_actor_loss, true_critic_loss
     reached = {}
@@ -710,17 +710,64 @@ def test_acting_stacks_the_frames_as_training_does():
     assert first.any()
 
 
-def test_random_shifts_move_each_image_as_a_whole():
+@pytest.mark.parametrize("steps", [(), (5,)])
+def test_random_shifts_move_each_image_or_sequence_as_a_whole(steps):
     torch.manual_seed(0)
-    image = torch.randint(0, 255, (40, 16, 16, 9), dtype=torch.uint8)
+    image = torch.randint(0, 255, (40, *steps, 16, 16, 3), dtype=torch.uint8)
     moved = moto.random_shift(image, 2)
-    padded = torch.nn.functional.pad(image.movedim(-1, 1).float(), (2, 2, 2, 2), mode="replicate").byte().movedim(1, -1)
+    assert moved.shape == image.shape and moved.is_contiguous()
+    flat = image.flatten(0, -4).movedim(-1, 1).float()
+    padded = torch.nn.functional.pad(flat, (2, 2, 2, 2), mode="replicate").byte().movedim(1, -1).unflatten(0, image.shape[:-3])
     found = set()
     for n in range(40):
-        where = [(i, j) for i in range(5) for j in range(5) if torch.equal(padded[n, i:i + 16, j:j + 16], moved[n])]
+        where = [(i, j) for i in range(5) for j in range(5)
+                 if torch.equal(padded[n, ..., i:i + 16, j:j + 16, :], moved[n])]
         assert len(where) == 1
         found.add(where[0])
     assert len(found) > 15 and torch.equal(moto.random_shift(image, 0), image)
+
+
+def test_the_world_model_trains_on_shifted_sequences():
+    """Grey pictures with a white edge: shifting repeats the edge, which the image term must then explain."""
+    batch = batch_of(tiny(), B=40)
+    batch["image"][:] = 127
+    batch["image"][..., 0, :] = 255
+
+    def image_loss(shift):
+        agent = moto.make_learner(tiny(shift=shift, decode=1.0), 2, False, "cpu")
+        return agent.update(batch)["model/image"]
+    assert image_loss(3) > 1.15 * image_loss(0)
+
+
+def test_the_behaviour_term_forgets_and_the_model_does_not():
+    """With everything forgotten the behaviour term's states know the present image alone; the model's know the past."""
+    def states(forget, past):
+        agent, batch = moto.Agent(tiny(forget=forget), 2, True, "cpu"), batch_of(tiny())
+        batch["image"][:, :3], batch["a"][:, :3] = past, past / 255
+        torch.manual_seed(0)
+        _, _, feat, brief = agent.model_terms(agent.arrive(batch))
+        return feat, brief
+    (feat, brief), (feat_2, brief_2) = states(1.0, 0), states(1.0, 200)
+    assert torch.equal(brief[:, 3:], brief_2[:, 3:]) and not torch.equal(brief[:, 2], brief_2[:, 2])
+    assert not torch.allclose(feat[:, 3:], feat_2[:, 3:])
+    assert torch.equal(*states(0.0, 0))
+    half = states(0.5, 0)[1][:, 3:] - states(0.5, 200)[1][:, 3:]
+    assert 0 < (half == 0).all(-1).float().mean() < 1
+
+
+def test_the_behaviour_gradient_goes_through_the_states_that_forgot():
+    """Where everything is forgotten, the recurrence's weights on h get no gradient from the behaviour term."""
+    def gradient(forget):
+        agent = moto.Agent(tiny(forget=forget, repr_weight=1.0), 2, True, "cpu")
+        batch = agent.arrive(batch_of(tiny()))
+        with moto.frozen(agent.actor):
+            torch.manual_seed(0)
+            with_term = agent.model_terms(batch)[0]
+            agent.cfg = dataclasses.replace(agent.cfg, repr_weight=0.0)
+            torch.manual_seed(0)
+            without = agent.model_terms(batch)[0]
+        return torch.autograd.grad(with_term - without, agent.model.gru.weight_hh)[0].abs().max()
+    assert gradient(1.0) < 1e-4 < gradient(0.0)
 
 
 def baseline(variant, **changes):
