@@ -642,7 +642,7 @@ def to_image(x, plain=False):
 
 
 def random_shift(image, pixels):
-    """Move each image (N, P, P, C), or each sequence as one (N, T, P, P, C), by up to `pixels` either way, down
+    """Move each image (N, P, P, C), or each sequence as one (N, T, P, P, C), by up to `pixels` each way, down
     and across; the edge is repeated.
 
     Ten demonstrations are few enough for a network on pixels to learn by heart. Source: DrQ, Kostrikov et al.
