@@ -18,7 +18,7 @@ spec.loader.exec_module(moto)
 
 TINY = dict(task="gym:test/Dot-v0", device="cpu", precision="float32", workers=1, lag=0, image_size=16, action_repeat=1, episode_steps=12, batch=4, length=6, channels=4,
             deter=16, stoch=6, hidden=16, ensemble=3, horizon=3, offline_updates=6, online_episodes=2, updates_per_episode=4,
-            eval_every=100, eval_episodes=2, final_episodes=2, log_every=1, save_every=1, offline_fraction=0.5)
+            eval_every=100, eval_episodes=2, final_episodes=2, log_every=1, save_every=1, offline_fraction=0.5, shift=0)
 
 
 def tiny(**changes):
@@ -517,7 +517,7 @@ def test_what_sets_a_variant_apart_changes_the_update_and_the_rest_is_one_method
         torch.manual_seed(1)
         agent.update(batch_of(agent.cfg))
         return snapshot(agent)
-    whole, kept = after(), dict(alpha=50.0, beta=moto.Config.beta, repr_weight=1.0, real_weight=1.0)
+    whole, kept = after(), dict(alpha=50.0, beta=moto.Config.beta, repr_weight=moto.Config.repr_weight, real_weight=1.0)
     for name, same in (("no-unc", {"model"}), ("no-bc", {"critic"}), ("no-bc-no-unc", set()), ("dreamerv2", set())):
         mine, restored = after(variant=name), after(variant=name, **kept)
         assert {n for n in whole if torch.equal(mine[n], whole[n])} - {"target"} == same - ({"critic"} if name == "no-bc" else set()), name
