@@ -2,7 +2,7 @@
 
     python -m pytest -q test_moto.py
 """
-import copy, dataclasses, importlib.util, json, math, os, re, signal, subprocess, sys
+import copy, dataclasses, importlib.util, inspect, json, math, os, re, signal, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -1447,3 +1447,50 @@ def test_the_baselines_learn_the_toy_task(tmp_path, variant):
                                           offline_updates=300, online_episodes=0, final_episodes=40, save_every=1000, actor_lr=1e-3, gamma=0.9,
                                           reward_head="bernoulli", logdir=tmp_path / "run", shift=1)))) == 0
     assert json.loads((tmp_path / "run" / "result.json").read_text())["final_success"] >= 0.7
+
+
+# ------------------------------------------------------------------------------------------------------ the notebook
+
+@pytest.fixture(scope="module")
+def notebook():
+    import nbformat
+    return nbformat.read(HERE / "moto_walkthrough.ipynb", as_version=4)
+
+
+def test_file_notebook_and_tests_have_the_same_equations(notebook):
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    headings = [int(n) for n in re.findall(r"^## Eq (\d+) · \S", text, re.M)]
+    assert headings == sorted(headings)                                       # in the order of the file
+    functions = {int(n) for n in re.findall(r'"""Eq (\d+)', (HERE / "moto.py").read_text())}
+    tests = {int(n) for n in re.findall(r"^def test_eq(\d+)_", (HERE / "test_moto.py").read_text(), re.M)}
+    assert set(headings) == functions == tests == set(range(1, 17))
+
+
+def test_the_notebook_shows_the_source_as_it_is_now(notebook):
+    shown = 0
+    for cell in notebook.cells:
+        names = re.findall(r"\bshow\(moto\.([\w.]+)\)", cell.source) if cell.cell_type == "code" else []
+        outputs = [o["data"]["text/markdown"] for o in cell.get("outputs", []) if "text/markdown" in o.get("data", {})]
+        assert len(outputs) == len(names)
+        for name, output in zip(names, outputs):
+            thing = moto
+            for part in name.split("."):
+                thing = getattr(thing, part)
+            assert output == f"```python\n{inspect.getsource(thing)}```", f"{name} has changed: execute the notebook again"
+            shown += 1
+    assert shown >= 16
+
+
+def test_the_committed_notebook_ran_in_order_and_is_static_and_small(notebook):
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [o for cell in code for o in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert {kind for o in outputs for kind in o.get("data", {})} <= {"text/plain", "text/markdown", "image/png"}
+    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 16
+    assert (HERE / "moto_walkthrough.ipynb").stat().st_size < 1.5e6
+
+
+def test_the_notebook_runs(notebook):
+    from nbclient import NotebookClient
+    NotebookClient(copy.deepcopy(notebook), timeout=900, resources={"metadata": {"path": HERE}}).execute()
