@@ -2354,7 +2354,8 @@ def bench_parts(cfg, repeat=10):
         "whole update": update, "optimisers": optimisers, "data": sample,
         "encoder": both_ways(lambda: model.encoder(x).float().sum()),
         "recurrent pass": lambda: sum(                               # one for the model, one to forget
-            everything(model.filter(embed * 1, batch["a"], batch["first"])) for _ in range(2)).backward(),
+            everything(model.filter(embed * 1, batch["a"], batch["first"]))
+            for _ in range(1 + bool(cfg.forget))).backward(),
         "model": both_ways(lambda: agent.model_terms(batch)[0], agent.actor),
         "imagination": both_ways(lambda: everything(
             imagine(model, agent.actor, start[:, :D], start[:, D:], H).values()), model),
