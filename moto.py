@@ -232,12 +232,12 @@ class EnsembleMLP(nn.Module):
 
     No weight is shared: the first layer is one wide matrix of which each head owns a block of columns; every
     further layer (`depth` of them) is a batch of K matrices. Each head has its own random initialisation,
-    which is why the heads disagree off the data.
+    which is why the heads disagree off the data. `norm`: hidden layers are normalised (LayerNorm, no scale).
     """
 
-    def __init__(self, heads, inputs, hidden, outputs, depth=1):
+    def __init__(self, heads, inputs, hidden, outputs, depth=1, norm=False):
         super().__init__()
-        self.heads, self.hidden = heads, hidden
+        self.heads, self.hidden, self.norm = heads, hidden, norm
         self.first = nn.Linear(inputs, heads * hidden)
         sizes = [hidden] * depth + [outputs]
         self.weights = nn.ParameterList(torch.empty(heads, i, o).uniform_(-i ** -0.5, i ** -0.5)
@@ -247,6 +247,7 @@ class EnsembleMLP(nn.Module):
     def forward(self, inp):
         y = self.first(inp).unflatten(-1, (self.heads, self.hidden)).transpose(0, 1)     # (K, N, hidden)
         for weight, bias in zip(self.weights, self.biases):
+            y = F.layer_norm(y, y.shape[-1:]) if self.norm else y
             y = torch.baddbmm(bias.to(y.dtype), F.silu(y), weight.to(y.dtype))
         return y
 
@@ -298,12 +299,14 @@ class Actor(nn.Module):
 
 class Critic(nn.Module):
     """Two critics: feature (..., F), action (..., A) -> Q (2, ...). The output layer is in units of
-    1 / (1 - gamma), the return of a reward of one for ever, so that the network predicts numbers near one."""
+    1 / (1 - gamma), the return of a reward of one for ever, so that the network predicts numbers near one.
+    Normalised layers keep the two from running away from each other off the data, and the smaller with them.
+    Source: Ball et al. 2023 (RLPD)."""
 
     def __init__(self, cfg, action_size):
         super().__init__()
         self.unit = 1 / (1 - cfg.gamma)
-        self.nets = EnsembleMLP(2, cfg.deter + cfg.stoch + action_size, cfg.hidden, 1, depth=2)
+        self.nets = EnsembleMLP(2, cfg.deter + cfg.stoch + action_size, cfg.hidden, 1, depth=2, norm=True)
 
     def forward(self, feat, action):
         inp = torch.cat([feat, action], -1)
