@@ -128,6 +128,7 @@ class Config:
     updates_per_episode: int = opt(20, "U, updates after each online episode [paper: 50]")
     eval_every: int = opt(200, "updates between evaluations on the way")
     eval_episodes: int = opt(10, "episodes of each evaluation on the way")
+    eval_mean: bool = opt(False, "evaluations act by means; off: they sample, as online episodes do")
     final_episodes: int = opt(50, "fresh episodes behind offline_success and final_success")
     lag: int = opt(1, "1: an episode is played while the U updates before it run; 0: after them [paper: 0]")
     log_every: int = opt(25, "updates per line of metrics.jsonl")
@@ -143,7 +144,7 @@ PRESETS = {
                   critic_lr=3e-4, target_rate=0.02, offline_updates=1000, online_episodes=400,
                   updates_per_episode=50, eval_every=2500, eval_episodes=20, save_every=1000),
 }
-HARD = dict(offline_updates=2000, online_episodes=200, updates_per_episode=10, eval_every=500,
+HARD = dict(offline_updates=2000, online_episodes=200, updates_per_episode=20, eval_every=1000,
             eval_episodes=20)
 TASKS = {                                                  # what harder tasks need beyond the laptop preset
     "assembly": HARD | dict(episode_steps=150), "bin-picking": HARD | dict(episode_steps=150),
@@ -267,7 +268,7 @@ class TanhNormal:
 
     @property
     def mode(self):
-        """The mean action, used for evaluation: tanh of the Normal's mean (..., A)."""
+        """The mean action: tanh of the Normal's mean (..., A)."""
         return torch.tanh(self.mean)
 
     def log_density_at(self, n):
@@ -698,7 +699,7 @@ class Policy(nn.Module):
     def act(self, image, state=None, generator=None):
         """One step of acting: uint8 image (P, P, 3), carried state (None at a reset) -> a (A,), next state.
 
-        With a generator, latents and action are sampled (data collection), without, means (evaluation).
+        With a generator, latents and action are sampled; without, they are the means.
         """
         device, model = self.updates.device, self.model
 
@@ -1727,13 +1728,13 @@ def finetune(run):
     run.save()
 
 
-def rollout(cfg, env, policy, seed, noise_seed=None):
+def rollout(cfg, env, policy, seed, sample=False):
     """One episode -> dict of image, action, reward, terminal as on disk, and success (at any step).
 
-    With a `noise_seed` latents and actions are sampled, from a generator of the episode's own; without, the
-    means act.
+    `sample`: latents and actions are drawn, from a generator of the episode's own; else the means act.
     """
-    generator = None if noise_seed is None else torch.Generator().manual_seed(noise_seed)
+    own = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    generator = torch.Generator().manual_seed(own) if sample else None
     image, carried = env.reset(seed), None
     episode = {"image": [image], "action": [], "reward": [], "terminal": False, "success": False}
     for _ in range(cfg.episode_steps):
@@ -1762,16 +1763,16 @@ class Players:
             for _ in range(cfg.workers):                             # start them now: it takes seconds
                 self.pool.submit(os.getpid)
 
-    def play(self, policy, seeds, noise_seed=None):
+    def play(self, policy, seeds, sample):
         """Begin a `rollout` per seed with the policy's present weights; returns their results, lazily.
 
         Without processes they are played when asked for: the policy must not change before that.
         """
         if self.pool is None:
-            return (rollout(self.cfg, self.env, policy, seed, noise_seed) for seed in seeds)
+            return (rollout(self.cfg, self.env, policy, seed, sample) for seed in seeds)
         weights = {name: value.cpu().numpy().copy() for name, value in policy.state_dict().items()}
         with self.alive():
-            futures = [self.pool.submit(play_here, weights, seed, noise_seed) for seed in seeds]
+            futures = [self.pool.submit(play_here, weights, seed, sample) for seed in seeds]
         return (self.result(future) for future in futures)
 
     def result(self, future):
@@ -1814,9 +1815,9 @@ def become_a_player(cfg):
     player.update(cfg=cfg, env=env, policy=agent.acting)
 
 
-def play_here(weights, seed, noise_seed):
+def play_here(weights, seed, sample):
     player["policy"].load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
-    return rollout(player["cfg"], player["env"], player["policy"], seed, noise_seed)
+    return rollout(player["cfg"], player["env"], player["policy"], seed, sample)
 
 
 def collect_online(run):
@@ -1829,8 +1830,7 @@ def collect_online(run):
     cfg, state, started, index = run.cfg, run.state, time.perf_counter(), run.state["episodes"]
 
     def begin(index):
-        noise_seed = cfg.seed * 1_000_003 + index
-        run.playing = run.players.play(run.player, [episode_seed(cfg, "online", index)], noise_seed)
+        run.playing = run.players.play(run.player, [episode_seed(cfg, "online", index)], sample=True)
     if not (cfg.lag and index):                                      # else it was chosen U updates ago
         run.player.load_state_dict(run.agent.acting.state_dict())
     if run.playing is None:
@@ -1850,7 +1850,10 @@ def collect_online(run):
 
 
 def evaluate(cfg, players, agent, episodes, first=0):
-    """Mean-action episodes from the evaluation stream -> (result, the first four episodes).
+    """Fresh episodes from the evaluation stream -> (result, the first four episodes).
+
+    The policy acts as it does online: it samples. Its mean action stands still where it missed a grasp and
+    waits for a success that does not come; a sampled one tries again (cfg.eval_mean turns to the mean).
 
     result: `success`, the share of episodes with any successful step; `return`, the discounted sum of rewards
     up to the time limit, and `promise`, what the critics, if any, expected of it at the first image (they
@@ -1858,7 +1861,7 @@ def evaluate(cfg, players, agent, episodes, first=0):
     """
     rows, promises, kept = [], [], []
     seeds = [episode_seed(cfg, "evaluation", first + index) for index in range(episodes)]
-    played = players.play(agent.acting, seeds)
+    played = players.play(agent.acting, seeds, sample=not cfg.eval_mean)
     for episode in tqdm(played, total=episodes, desc="evaluation", leave=False):
         discounted = (1 - cfg.gamma) * sum(cfg.gamma ** t * r for t, r in enumerate(episode["reward"]))
         rows.append((episode["success"], discounted))
@@ -1993,7 +1996,7 @@ def draw_curve(cfg, rows, path):
     (success, value), (losses, policy) = axes
     x, y = column("episode/success")
     success.plot(x, running_mean(y), color="tab:orange", label="online episodes (sampled; mean of last 10)")
-    success.plot(*column("evaluation/success"), "o-", color="tab:blue", label="evaluation (mean action)")
+    success.plot(*column("evaluation/success"), "o-", color="tab:blue", label="evaluation")
     success.set(ylabel="success rate", ylim=(-0.03, 1.03))
     value.plot(*column("evaluation/return"), "o-", color="tab:blue", label="real return from the start")
     for name, style, color, label in (

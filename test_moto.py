@@ -609,11 +609,25 @@ class Echo:
         return self.show(a), float(a[0]), self.ends and self.t == 5, self.t == 5, self.t == 2
 
 
+def test_evaluations_sample_as_collection_does_and_with_eval_mean_do_not(agent):
+    """The same episodes each time, with noise of their own; or the policy's mean at the state it is in."""
+    def actions(**changes):
+        cfg = dataclasses.replace(agent.cfg, **changes)
+        kept = moto.evaluate(cfg, moto.Players(cfg, Echo(False)), agent, 2)[1]
+        return [np.array(episode["action"]) for episode in kept], kept[0]["image"][0]
+    (one, two), image = actions()
+    again, means = actions()[0], actions(eval_mean=True)[0]
+    np.testing.assert_array_equal([one, two], again)
+    assert np.abs(one - two).min() > 1e-3                                         # no two share their noise
+    np.testing.assert_array_equal(means[0], means[1])
+    np.testing.assert_array_equal(means[0][0], agent.acting.act(image)[0])
+
+
 @pytest.mark.parametrize("ends", [True, False])
 def test_action_image_reward_alignment_and_time_limits(agent, tmp_path, ends):
     cfg, store = agent.cfg, moto.Replay(40, 16, 2, False)
     for i in range(3):
-        episode = moto.rollout(cfg, Echo(ends), agent.acting, i, noise_seed=i)
+        episode = moto.rollout(cfg, Echo(ends), agent.acting, i, sample=True)
         assert len(episode["action"]) == 5 and episode.pop("success") is True    # once is enough
         moto.save_episode(tmp_path / f"{i}.npz", **episode)
         store.add(moto.load_episode(tmp_path / f"{i}.npz", 16, 2))
@@ -921,10 +935,10 @@ def test_with_a_lag_the_policy_of_the_block_before_plays_and_a_resumed_run_knows
     """lag 1: episode k is played by the weights as they were before the U updates that precede it; also after a stop in between."""
     true_rollout, played = moto.rollout, []
 
-    def watched(cfg, env, policy, seed, noise_seed=None):
-        if noise_seed is not None:
-            played.append((noise_seed, float(policy.updates)))
-        return true_rollout(cfg, env, policy, seed, noise_seed)
+    def watched(cfg, env, policy, seed, sample):
+        if seed[1] == 1:                                                          # the online stream
+            played.append((seed[2], float(policy.updates)))
+        return true_rollout(cfg, env, policy, seed, sample)
     monkeypatch.setattr(moto, "rollout", watched)
     assert run(dots, tmp_path / "whole", lag=1, online_episodes=4) == 0
     assert played == [(0, 6.0), (1, 6.0), (2, 10.0), (3, 14.0)]                 # 6 offline updates, then 4 per episode
@@ -1356,7 +1370,7 @@ def test_a_player_that_dies_is_one_sentence(drawer):
     players, policy = moto.Players(cfg, drawer), moto.Agent(cfg, 4, False, "cpu").acting
     try:
         pid = players.pool.submit(os.getpid).result()
-        waiting = players.play(policy, [[0, 2, i] for i in range(4)])
+        waiting = players.play(policy, [[0, 2, i] for i in range(4)], sample=True)
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(moto.Trouble, match="--workers"):
             list(waiting)
