@@ -144,8 +144,7 @@ PRESETS = {
                   critic_lr=3e-4, target_rate=0.02, offline_updates=1000, online_episodes=400,
                   updates_per_episode=50, eval_every=2500, eval_episodes=20, save_every=1000),
 }
-HARD = dict(offline_updates=2000, online_episodes=200, updates_per_episode=20, eval_every=1000,
-            eval_episodes=20)
+HARD = dict(offline_updates=2000, online_episodes=200, eval_every=1000, eval_episodes=20)
 TASKS = {                                                  # what harder tasks need beyond the laptop preset
     "assembly": HARD | dict(episode_steps=150), "bin-picking": HARD | dict(episode_steps=150),
     "box-close": HARD, "coffee-push": HARD, "disassemble": HARD | dict(episode_steps=150), "hammer": HARD,
