@@ -128,7 +128,7 @@ class Config:
     updates_per_episode: int = opt(20, "U, updates after each online episode [paper: 50]")
     eval_every: int = opt(200, "updates between evaluations on the way")
     eval_episodes: int = opt(10, "episodes of each evaluation on the way")
-    eval_mean: bool = opt(False, "evaluations act by means; off: they sample, as online episodes do")
+    eval_sample: bool = opt(False, "evaluations sample, as online episodes do; off: means act")
     final_episodes: int = opt(50, "fresh episodes behind offline_success and final_success")
     lag: int = opt(1, "1: an episode is played while the U updates before it run; 0: after them [paper: 0]")
     log_every: int = opt(25, "updates per line of metrics.jsonl")
@@ -146,8 +146,9 @@ PRESETS = {
 }
 HARD = dict(offline_updates=2000, online_episodes=200, eval_every=1000, eval_episodes=20)
 TASKS = {                                                  # what harder tasks need beyond the laptop preset
-    "assembly": HARD | dict(episode_steps=150), "bin-picking": HARD | dict(episode_steps=150),
-    "box-close": HARD, "coffee-push": HARD, "disassemble": HARD | dict(episode_steps=150), "hammer": HARD,
+    "assembly": HARD | dict(episode_steps=150), "disassemble": HARD | dict(episode_steps=150),
+    "bin-picking": HARD | dict(episode_steps=150, eval_sample=True),
+    "box-close": HARD, "coffee-push": HARD, "hammer": HARD,
 }
 VARIANTS = {
     "moto": {},
@@ -594,7 +595,9 @@ def actor_loss(V0, behaviour, logp, weight, cfg):
 
     V0, logp, weight (N,); behaviour: the scalar of Eq 13. The gradient of V^0 runs through actions, model,
     penalty and critic, not through a score function. (1 - gamma) puts the value on the scale of one step's
-    reward, so that beta means the same at any discount. Sources: Dreamer, TD3+BC, SAC.
+    reward, so that beta means the same at any discount. Measured on trained Meta-World agents: the behaviour
+    term's gradient is 17 to 22 times the value's at beta = 1, but it only holds where there is data; at
+    beta = 1 the value still moved the policy to worse places. Sources: Dreamer, TD3+BC, SAC.
     """
     value = weighted_mean(V0, weight) * (1 - cfg.gamma)
     return -cfg.value_weight * value + cfg.beta * behaviour + cfg.eta * logp.mean()
@@ -1851,8 +1854,8 @@ def collect_online(run):
 def evaluate(cfg, players, agent, episodes, first=0):
     """Fresh episodes from the evaluation stream -> (result, the first four episodes).
 
-    The policy acts as it does online: it samples. Its mean action stands still where it missed a grasp and
-    waits for a success that does not come; a sampled one tries again (cfg.eval_mean turns to the mean).
+    Means act: they are more exact. Where a policy that missed a grasp stands still for ever, as on
+    bin-picking, cfg.eval_sample lets it try again elsewhere.
 
     result: `success`, the share of episodes with any successful step; `return`, the discounted sum of rewards
     up to the time limit, and `promise`, what the critics, if any, expected of it at the first image (they
@@ -1860,7 +1863,7 @@ def evaluate(cfg, players, agent, episodes, first=0):
     """
     rows, promises, kept = [], [], []
     seeds = [episode_seed(cfg, "evaluation", first + index) for index in range(episodes)]
-    played = players.play(agent.acting, seeds, sample=not cfg.eval_mean)
+    played = players.play(agent.acting, seeds, sample=cfg.eval_sample)
     for episode in tqdm(played, total=episodes, desc="evaluation", leave=False):
         discounted = (1 - cfg.gamma) * sum(cfg.gamma ** t * r for t, r in enumerate(episode["reward"]))
         rows.append((episode["success"], discounted))

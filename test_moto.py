@@ -609,14 +609,14 @@ class Echo:
         return self.show(a), float(a[0]), self.ends and self.t == 5, self.t == 5, self.t == 2
 
 
-def test_evaluations_sample_as_collection_does_and_with_eval_mean_do_not(agent):
-    """The same episodes each time, with noise of their own; or the policy's mean at the state it is in."""
+def test_evaluations_act_by_means_and_with_eval_sample_as_collection_does(agent):
+    """The policy's mean at the state it is in; or, the same each time, noise that no two episodes share."""
     def actions(**changes):
         cfg = dataclasses.replace(agent.cfg, **changes)
         kept = moto.evaluate(cfg, moto.Players(cfg, Echo(False)), agent, 2)[1]
         return [np.array(episode["action"]) for episode in kept], kept[0]["image"][0]
-    (one, two), image = actions()
-    again, means = actions()[0], actions(eval_mean=True)[0]
+    means, image = actions()
+    (one, two), again = actions(eval_sample=True)[0], actions(eval_sample=True)[0]
     np.testing.assert_array_equal([one, two], again)
     assert np.abs(one - two).min() > 1e-3                                         # no two share their noise
     np.testing.assert_array_equal(means[0], means[1])
