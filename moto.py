@@ -108,7 +108,7 @@ class Config:
     beta: float = opt(3.0, "weight of the behaviour term, Eq 14")
     eta: float = opt(1e-4, "weight of the entropy term, Eq 14")
     min_std: float = opt(0.05, "smallest deviation of the policy, before the tanh [DreamerV2: 0.1]")
-    imitate_success: bool = opt(True, "online episodes that succeed join the offline data (DEPARTURE)")
+    imitate_success: bool = opt(True, "quick online successes join the offline data (DEPARTURE)")
     real_weight: float = opt(1.0, "weight of real transitions, Eq 11; 0: critics learn in imagination alone")
     value_weight: float = opt(1.0, "weight of the value in the actor's loss, Eq 14; 0: behaviour cloning")
     target_rate: float = opt(0.1, "Eq 12: step of the target critics towards the critics")
@@ -1498,6 +1498,11 @@ def differences(then, cfg):
             if value != then[name] and name not in MAY_CHANGE]
 
 
+def first_success(cfg, reward):
+    """The index of the first success in rewards (L,), counted from 0; L where there is none."""
+    return int(np.append(reward >= cfg.success_reward, True).argmax())
+
+
 class Run:
     """One run: config, environment, agent, data, counters, metrics, and the checkpoint that holds them."""
 
@@ -1600,19 +1605,22 @@ class Run:
         self.online = Replay(space, *shape, False, cfg.device)
         for episode in episodes:
             self.offline.add(episode)
+        ends = [(first_success(cfg, episode["reward"]), len(episode["reward"])) for episode in episodes]
+        self.slowest = max((step for step, L in ends if step < L), default=cfg.episode_steps)
         for index in range(self.state["episodes"]):
             self.add_online(index)
         self.clock("demonstrations", started)
 
     def add_online(self, index):
-        """Bring a saved online episode into memory. DEPARTURE: is it a success, it also joins the offline
-        data, and with it the behaviour prior, up to `demo_tail` steps beyond, as the demonstrations do."""
+        """Bring a saved online episode into memory. DEPARTURE: one that succeeds no later than the slowest
+        demonstration also joins the offline data, and with it the behaviour prior, up to `demo_tail` steps
+        beyond, as they do. (With slow successes the prior learns to hesitate and to miss.)"""
         episode = load_episode(self.episode_path(index), self.cfg.image_size, self.env.action_size)
         self.online.add(episode)
-        successes = np.flatnonzero(episode["reward"] >= self.cfg.success_reward)
-        if len(successes) and self.cfg.imitate_success:
-            L = min(int(successes[0]) + 1 + self.cfg.demo_tail, len(episode["action"]))
-            whole = L == len(episode["action"])
+        most, step = len(episode["action"]), first_success(self.cfg, episode["reward"])
+        if self.cfg.imitate_success and step < most and step <= self.slowest:
+            L = min(step + 1 + self.cfg.demo_tail, most)
+            whole = L == most
             self.offline.add({"image": episode["image"][:L + 1], "action": episode["action"][:L],
                               "reward": episode["reward"][:L], "terminal": whole and episode["terminal"]})
 

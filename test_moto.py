@@ -659,9 +659,11 @@ def test_replay_is_uniform_over_positions_and_mixes_as_told():
 
 @pytest.mark.parametrize("imitate", [True, False])
 def test_successful_online_episodes_join_the_offline_data(dots, tmp_path, imitate):
-    run = moto.Run(tiny(data=str(dots), logdir=str(tmp_path), online_episodes=3, demo_tail=2, imitate_success=imitate))
+    run = moto.Run(tiny(data=str(dots), logdir=str(tmp_path), online_episodes=5, demo_tail=2, imitate_success=imitate))
     run.open_data()
-    before = run.offline.size
+    slowest = max(int(np.argmax(moto.load_episode(path, 16, 2)["reward"])) for path in dots.glob("*.npz"))
+    assert run.slowest == slowest
+    run.slowest, before = 11, run.offline.size
     for index, rewards in enumerate(([0] * 12, [0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0], [0] * 11 + [1])):
         image = np.full((13, 16, 16, 3), index, np.uint8)
         moto.save_episode(run.episode_path(index), image, np.full((12, 2), index / 10), rewards)
@@ -671,6 +673,12 @@ def test_successful_online_episodes_join_the_offline_data(dots, tmp_path, imitat
         joined = {name: values[before:run.offline.size] for name, values in run.offline.data.items()}
         assert joined["r"].nonzero().flatten().tolist() == [4, 6, 19] and joined["first"].nonzero().flatten().tolist() == [0, 7]
         assert set(joined["image"][:7].unique().tolist()) == {1} and joined["a"][1:7].unique().tolist() == [pytest.approx(0.1)]
+    size, run.slowest = run.offline.size, 10                                               # too slow for the prior, by one step
+    run.add_online(2)
+    assert run.offline.size == size
+    run.slowest = 11
+    run.add_online(2)
+    assert run.offline.size == size + 13 * imitate
     run.close()
 
 
