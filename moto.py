@@ -61,7 +61,7 @@ def opt(default, help):
 @dataclass
 class Config:
     # The task
-    task: str = opt("drawer-open", "a Meta-World task by plain name, or gym:ENV_ID of Gymnasium")
+    task: str = opt("drawer-open", "a Meta-World task by plain name, kitchen-partial or -mixed, or gym:ENV_ID")
     variant: str = opt("moto", "moto, or an ablation: each changes numbers of this config, nothing else")
     preset: str = opt("auto", "debug (seconds), laptop (default on CPU), paper (default on a GPU)")
     seed: int = opt(0, "seeds networks, batches, demonstrations, episodes")
@@ -146,9 +146,22 @@ PRESETS = {
 }
 HARD = dict(episode_steps=200, offline_updates=1000, online_episodes=200, updates_per_episode=10,
             eval_every=500, eval_episodes=20)
-TASKS = {                                                  # what harder tasks need beyond the laptop preset
-    "assembly": HARD, "bin-picking": HARD | dict(eval_sample=True), "box-close": HARD, "coffee-push": HARD,
-    "disassemble": HARD, "hammer": HARD,
+
+
+def kitchens(**budget):
+    """Franka Kitchen's two tasks: one protocol at any scale, and a budget."""
+    protocol = dict(action_repeat=1, episode_steps=280, success_reward=4.0, demos=100)
+    return dict.fromkeys(("kitchen-partial", "kitchen-mixed"), protocol | budget)
+
+
+TASKS = {                                        # by preset: what a task needs beyond it
+    "laptop": {"assembly": HARD | dict(repr_weight=30.0, offline_updates=2000),
+               "bin-picking": HARD | dict(eval_sample=True), "box-close": HARD, "coffee-push": HARD,
+               "disassemble": HARD, "hammer": HARD}
+    | kitchens(offline_updates=3000, online_episodes=50, updates_per_episode=40, eval_every=1000,
+               eval_episodes=10, final_episodes=20),
+    "debug": kitchens(demos=2, final_episodes=1),
+    "paper": kitchens(offline_updates=10_000, online_episodes=1300),
 }
 VARIANTS = {
     "moto": {},
@@ -1204,7 +1217,9 @@ def sample_batch(cfg, rng, offline, online):
 # Environments and demonstrations
 # ------------------------------------------------------------------------------------------------------------
 # An environment has action_size, terminates, describe() -> dict, reset(seed) -> image, close(), and
-# step(a) -> image, reward, terminal (the task ended), over (it ended or ran out of time), success.
+# step(a) -> image, reward, terminal (the task ended), over (it ended or ran out of time), success. One that
+# can demonstrate has also scripted_action(), demonstrated (the script's aim is reached), and most_shown (the
+# largest reward that a demonstration may contain).
 
 GL_HELP = ("no OpenGL backend works for MuJoCo without a screen; install one (Debian, Ubuntu: apt-get "
            "install libegl1 libgl1-mesa-dri, or libosmesa6) or set MUJOCO_GL to one that works")
@@ -1230,46 +1245,35 @@ def nearest(name, known):
     return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(known)}"
 
 
-class MetaWorld:
-    """A Meta-World task seen through the authors' camera.
+def need(package, command):
+    """Raise Trouble where a simulator's package or OpenGL is missing."""
+    if importlib.util.find_spec(package) is None:
+        raise Trouble(f"{package} is not installed; {command}")
+    if not choose_gl():
+        raise Trouble(GL_HELP)
 
-    The protocol of the authors' baselines: sparse reward (1 while `success` holds), action repeat, new object
-    and goal positions at each reset, jittered hand, ten zero actions, no early termination. DEPARTURE:
-    shadows, multisampling and reflections are off, which renders much faster in software. Instead each pixel
-    is the mean of `finer` x `finer` rendered ones: a hand is then located to fractions of a pixel (1 cm).
+
+class Camera:
+    """Images (P, P, 3) uint8 of a MuJoCo scene; `view`: azimuth, elevation (degrees), distance, lookat (m).
+
+    DEPARTURE: shadows, multisampling and reflections are off, which renders much faster in software. Instead
+    each pixel is the mean of `finer` x `finer` rendered ones: a hand is then located to fractions of a pixel
+    (1 cm on Meta-World).
     """
-    action_size, terminates = 4, False
-    view = {"azimuth": 15, "elevation": -22.5, "distance": 0.75, "lookat": [-0.15, 0.65, 0.25]}
 
-    def __init__(self, cfg):
-        if importlib.util.find_spec("metaworld") is None:
-            raise Trouble("Meta-World is not installed; pip install -r requirements.txt")
-        if not choose_gl():
-            raise Trouble(GL_HELP)
+    def __init__(self, cfg, model, data, view):
         import mujoco
-        from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as tasks
-        from metaworld.policies import ENV_POLICY_MAP as policies
-        names = sorted(name.removesuffix("-v3-goal-observable") for name in tasks)
-        if cfg.task not in names:
-            raise Trouble(f"unknown task {cfg.task!r}; {nearest(cfg.task, names)}, or gym:ENV_ID")
-        warnings.filterwarnings("ignore", "Constant")                # scripted actions leave [-1, 1]: clipped
-        self.env = tasks[f"{cfg.task}-v3-goal-observable"](seed=0)
-        self.env.seeded_rand_vec, self.env._freeze_rand_vec = True, False
-        self.policy_class, self.repeat = policies[f"{cfg.task}-v3"], cfg.action_repeat
-        most = (self.env.max_path_length - 10) // cfg.action_repeat
-        if cfg.episode_steps > most:
-            raise Trouble(f"--episode-steps is {cfg.episode_steps} but Meta-World allows at most {most}")
-        quality = self.env.model.vis.quality
+        self.model, self.data, self.view, self.finer = model, data, view, cfg.supersample
+        quality = model.vis.quality
         quality.shadowsize = quality.offsamples = 0                  # SHARP: before the renderer is built
-        self.finer = cfg.supersample
         side = self.finer * cfg.image_size
-        self.renderer = mujoco.Renderer(self.env.model, side, side)
+        self.renderer = mujoco.Renderer(model, side, side)
         self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        self.camera = mujoco.MjvCamera()
-        for name, value in self.view.items():
-            setattr(self.camera, name, value)
-        self.groups = self.env.model.geom_group.copy()
-        self.renderer.update_scene(self.env.data, self.camera)
+        self.free = mujoco.MjvCamera()
+        for name, value in view.items():
+            setattr(self.free, name, value)
+        self.groups = model.geom_group.copy()
+        self.renderer.update_scene(data, self.free)
         eyes = self.renderer.scene.camera                          # the left and the right: nearly one place
         self.eye = np.mean([eye.pos for eye in eyes], 0)
         self.axes = np.stack([np.cross(eyes[0].forward, eyes[0].up), eyes[0].up, eyes[0].forward])
@@ -1282,8 +1286,56 @@ class MetaWorld:
         return {"renderer": GL.glGetString(GL.GL_RENDERER).decode(), "camera": self.view,
                 "gl": os.environ.get("MUJOCO_GL", "default"), "supersampling": self.finer,
                 "quality": "no shadows, samples, reflections",
-                "mujoco": importlib.metadata.version("mujoco"),
-                "metaworld": importlib.metadata.version("metaworld")}
+                "mujoco": importlib.metadata.version("mujoco")}
+
+    def out_of_view(self):
+        """Geoms whose bounding sphere lies wholly outside the camera's pyramid (G,): half of the robot."""
+        x, y, z = self.axes @ (self.data.geom_xpos - self.eye).T
+        radius = 1.1 * self.model.geom_rbound + 0.01             # 0 marks an unbounded plane
+        beyond = np.maximum(abs(x), abs(y)) > self.slope * z + radius * math.hypot(1, self.slope)
+        return (beyond | (z < -radius)) & (self.model.geom_rbound > 0)
+
+    def render(self):
+        """The image (P, P, 3) uint8. What is out of view goes to a group that is not drawn: a software
+        renderer spends its time on vertices, seen or not."""
+        self.model.geom_group[:] = np.where(self.out_of_view(), 5, self.groups)
+        self.renderer.update_scene(self.data, self.free)
+        image, n = self.renderer.render().astype(np.uint16), self.finer
+        return (sum(image[i::n, j::n] for i in range(n) for j in range(n)) / n ** 2).round().astype(np.uint8)
+
+    def close(self):
+        self.renderer.close()
+
+
+class MetaWorld:
+    """A Meta-World task seen through the authors' camera.
+
+    The protocol of the authors' baselines: sparse reward (1 while `success` holds), action repeat, new object
+    and goal positions at each reset, jittered hand, ten zero actions, no early termination.
+    """
+    action_size, terminates, most_shown = 4, False, 1
+    view = {"azimuth": 15, "elevation": -22.5, "distance": 0.75, "lookat": [-0.15, 0.65, 0.25]}
+
+    def __init__(self, cfg):
+        need("metaworld", "pip install -r requirements.txt")
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as tasks
+        from metaworld.policies import ENV_POLICY_MAP as policies
+        names = sorted(name.removesuffix("-v3-goal-observable") for name in tasks)
+        if cfg.task not in names:
+            names += Kitchen.tasks
+            raise Trouble(f"unknown task {cfg.task!r}; {nearest(cfg.task, names)}, or gym:ENV_ID")
+        warnings.filterwarnings("ignore", "Constant")                # scripted actions leave [-1, 1]: clipped
+        self.env = tasks[f"{cfg.task}-v3-goal-observable"](seed=0)
+        self.env.seeded_rand_vec, self.env._freeze_rand_vec = True, False
+        self.policy_class, self.repeat = policies[f"{cfg.task}-v3"], cfg.action_repeat
+        most = (self.env.max_path_length - 10) // cfg.action_repeat
+        if cfg.episode_steps > most:
+            raise Trouble(f"--episode-steps is {cfg.episode_steps} but Meta-World allows at most {most}")
+        self.camera = Camera(cfg, self.env.model, self.env.data, self.view)
+        self.render = self.camera.render
+
+    def describe(self):
+        return self.camera.describe() | {"metaworld": importlib.metadata.version("metaworld")}
 
     def reset(self, seed):
         rng = np.random.default_rng(seed)
@@ -1299,27 +1351,13 @@ class MetaWorld:
         for _ in range(self.repeat):
             self.observation, _, _, _, info = self.env.step(np.asarray(action, np.float32))
         success = bool(info["success"])
+        self.demonstrated = success
         return self.render(), float(success), False, False, success
-
-    def out_of_view(self):
-        """Geoms whose bounding sphere lies wholly outside the camera's pyramid (G,): half of the robot."""
-        x, y, z = self.axes @ (self.env.data.geom_xpos - self.eye).T
-        radius = 1.1 * self.env.model.geom_rbound + 0.01             # 0 marks an unbounded plane
-        beyond = np.maximum(abs(x), abs(y)) > self.slope * z + radius * math.hypot(1, self.slope)
-        return (beyond | (z < -radius)) & (self.env.model.geom_rbound > 0)
-
-    def render(self):
-        """The image (P, P, 3) uint8. What is out of view goes to a group that is not drawn: a software
-        renderer spends its time on vertices, seen or not."""
-        self.env.model.geom_group[:] = np.where(self.out_of_view(), 5, self.groups)
-        self.renderer.update_scene(self.env.data, self.camera)
-        image, n = self.renderer.render().astype(np.uint16), self.finer
-        return (sum(image[i::n, j::n] for i in range(n) for j in range(n)) / n ** 2).round().astype(np.uint8)
 
     def default_env(self):
         """The same task as Gymnasium renders it by default, for comparison. This one can then render no more:
         two OpenGL contexts in one process slow each other down."""
-        self.renderer.close()
+        self.camera.close()
         env = type(self.env)(seed=0, render_mode="rgb_array")
         env.seeded_rand_vec, env._freeze_rand_vec = True, False
         env.reset()
@@ -1331,7 +1369,7 @@ class MetaWorld:
         return np.clip(self.policy.get_action(observation), -1, 1)
 
     def close(self):
-        self.renderer.close()
+        self.camera.close()
 
 
 class GymTask:
@@ -1388,7 +1426,8 @@ class GymTask:
 
 
 def make_env(cfg):
-    return (GymTask if cfg.task.startswith("gym:") else MetaWorld)(cfg)
+    kind = GymTask if cfg.task.startswith("gym:") else Kitchen if cfg.task in Kitchen.tasks else MetaWorld
+    return kind(cfg)
 
 
 def episode_seed(cfg, stream, index):
@@ -1406,48 +1445,63 @@ def demonstrate(cfg, env, seed):
     rng, images, actions, rewards, after = np.random.default_rng(seed), [env.reset(seed)], [], [], 0
     while len(actions) < cfg.episode_steps and after <= cfg.demo_tail:
         a = np.clip(env.scripted_action() + cfg.demo_noise * rng.standard_normal(env.action_size), -1, 1)
-        image, reward, _, _, success = env.step(a)
+        image, reward, *_ = env.step(a)
         images.append(image), actions.append(a), rewards.append(reward)
-        after += bool(success or after)
+        after += bool(env.demonstrated or after)
         exit_if_asked()
-    return images, actions, rewards, after > 0
+    return images, actions, rewards, after > 0 and max(rewards) <= env.most_shown
 
 
-def collect_demos(cfg, env):
+def collect_demos(cfg, players):
     """Successful scripted demonstrations; returns their paths, in a folder named after all that decides them.
 
     The same ingredients find the same folder again, a changed one makes a new folder. A collection that was
     interrupted continues. Raises Trouble where the scripted policy hardly ever succeeds.
     """
+    env = players.env
     if not hasattr(env, "scripted_action"):
         raise Trouble(f"{cfg.task} has no scripted policy; give your own episodes with --data DIR")
-    ingredients = env.describe() | {"numpy": np.__version__, "layout": 1} | {
-        name: getattr(cfg, name) for name in
-        ("task", "seed", "demos", "demo_noise", "demo_tail", "image_size", "action_repeat", "episode_steps")}
-    digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(cfg.cache) / f"{cfg.task}-{digest}"
-    write_json(folder / "ingredients.json", ingredients)
+    folder = cache_folder(cfg, env, {name: getattr(cfg, name) for name in
+                                     ("seed", "demos", "demo_noise", "demo_tail", "episode_steps")})
     paths = sorted(folder.glob("attempt*.npz"))[:cfg.demos]
     attempt = int(paths[-1].stem[-4:]) + 1 if paths else 0
-    complete = len(paths) == cfg.demos
+    most, complete = 10 * cfg.demos + 20, len(paths) == cfg.demos
     with tqdm(total=cfg.demos, initial=len(paths), desc="demonstrations", disable=complete) as bar:
         while len(paths) < cfg.demos:
-            if attempt >= 10 * cfg.demos + 20:
+            if attempt >= most:
                 raise Trouble(f"only {len(paths)} of {attempt} scripted attempts at {cfg.task} succeeded in "
                               f"{cfg.episode_steps} steps; raise --episode-steps or lower --demo-noise")
-            *episode, success = demonstrate(cfg, env, episode_seed(cfg, "demos", attempt))
-            if success:
-                paths.append(folder / f"attempt{attempt:04d}.npz")
-                save_episode(paths[-1], *episode)
-                bar.update()
+            several = range(attempt, min(attempt + 2 * cfg.workers, most))
+            seeds = [episode_seed(cfg, "demos", index) for index in several]
+            for attempt, (*episode, success) in zip(several, players.each(demonstrate, seeds)):
+                if success and len(paths) < cfg.demos:
+                    paths.append(folder / f"attempt{attempt:04d}.npz")
+                    save_episode(paths[-1], *episode)
+                    bar.update()
+                exit_if_asked()
+                if len(paths) == cfg.demos:
+                    break
             attempt += 1
     return paths
 
 
-def offline_paths(cfg, env):
-    """The offline episodes: the user's folder, or scripted demonstrations."""
+def cache_folder(cfg, env, ingredients):
+    """The folder in cfg.cache for episodes made from `ingredients` (and from what decides how they look)."""
+    ingredients = ingredients | env.describe() | {
+        "numpy": np.__version__, "layout": 1, "task": cfg.task, "image_size": cfg.image_size,
+        "action_repeat": cfg.action_repeat}
+    digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:12]
+    folder = Path(cfg.cache) / f"{cfg.task}-{digest}"
+    write_json(folder / "ingredients.json", ingredients)
+    return folder
+
+
+def offline_paths(cfg, players):
+    """The offline episodes: the user's folder, a Minari data set, or scripted demonstrations."""
     if not cfg.data:
-        return collect_demos(cfg, env)
+        return collect_demos(cfg, players)
+    if cfg.data.startswith("minari:"):
+        return render_minari(cfg, players)
     paths = sorted(Path(cfg.data).glob("*.npz"))
     if not paths:
         raise Trouble(f"{cfg.data} holds no .npz episodes" if Path(cfg.data).is_dir() else
@@ -1594,7 +1648,7 @@ class Run:
     def open_data(self):
         """Bring offline and, on resuming, online episodes into memory."""
         cfg, started, shape = self.cfg, time.perf_counter(), (self.cfg.image_size, self.env.action_size)
-        episodes = [load_episode(path, *shape) for path in offline_paths(cfg, self.env)]
+        episodes = [load_episode(path, *shape) for path in offline_paths(cfg, self.players)]
         if cfg.reward_head == "bernoulli" and not all(np.isin(e["reward"], (0, 1)).all() for e in episodes):
             raise Trouble("a reward in the offline data is neither 0 nor 1; use --reward-head normal")
         steps = sum(len(e["image"]) for e in episodes)
@@ -1786,6 +1840,14 @@ class Players:
             futures = [self.pool.submit(play_here, weights, seed, sample) for seed in seeds]
         return (self.result(future) for future in futures)
 
+    def each(self, function, items):
+        """function(cfg, env, item) for each item, in order: in the processes, or here when asked for."""
+        if self.pool is None:
+            return (function(self.cfg, self.env, item) for item in items)
+        with self.alive():
+            futures = [self.pool.submit(call_here, function, item) for item in items]
+        return (self.result(future) for future in futures)
+
     def result(self, future):
         with self.alive():
             return future.result()
@@ -1831,6 +1893,10 @@ def play_here(weights, seed, sample):
     return rollout(player["cfg"], player["env"], player["policy"], seed, sample)
 
 
+def call_here(function, item):
+    return function(player["cfg"], player["env"], item)
+
+
 def collect_online(run):
     """Add one sampled episode to the replay; with cfg.lag, begin the next one at once.
 
@@ -1868,20 +1934,27 @@ def evaluate(cfg, players, agent, episodes, first=0):
 
     result: `success`, the share of episodes with any successful step; `return`, the discounted sum of rewards
     up to the time limit, and `promise`, what the critics, if any, expected of it at the first image (they
-    also count what would come after the time limit), both in units of 1 / (1 - gamma); `episodes`.
+    also count what would come after the time limit), both in units of 1 / (1 - gamma); `episodes`; for Franka
+    Kitchen also `completed`, the mean over episodes of the most objects in place at once, and `counts`, how
+    many episodes had 0, 1, ... 4.
     """
-    rows, promises, kept = [], [], []
+    rows, promises, kept, most = [], [], [], []
     seeds = [episode_seed(cfg, "evaluation", first + index) for index in range(episodes)]
     played = players.play(agent.acting, seeds, sample=cfg.eval_sample)
     for episode in tqdm(played, total=episodes, desc="evaluation", leave=False):
         discounted = (1 - cfg.gamma) * sum(cfg.gamma ** t * r for t, r in enumerate(episode["reward"]))
         rows.append((episode["success"], discounted))
+        most.append(int(max(episode["reward"])))
         promises += [agent.promise(episode["image"][0])] if agent.promise else []
         kept = (kept + [episode])[:4]
         exit_if_asked()
     success, discounted = np.mean(rows, 0).tolist()
-    promise = {"promise": float(np.mean(promises))} if promises else {}
-    return {"success": success, "return": discounted} | promise | {"episodes": episodes}, kept
+    result = {"success": success, "return": discounted}
+    if promises:
+        result["promise"] = float(np.mean(promises))
+    if cfg.task in Kitchen.tasks:
+        result |= {"completed": float(np.mean(most)), "counts": np.bincount(most, minlength=5).tolist()}
+    return result | {"episodes": episodes}, kept
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2008,6 +2081,9 @@ def draw_curve(cfg, rows, path):
     x, y = column("episode/success")
     success.plot(x, running_mean(y), color="tab:orange", label="online episodes (sampled; mean of last 10)")
     success.plot(*column("evaluation/success"), "o-", color="tab:blue", label="evaluation")
+    x, y = column("evaluation/completed")
+    if y.size:
+        success.plot(x, y / 4, "s--", color="tab:green", label="evaluation: objects in place / 4")
     success.set(ylabel="success rate", ylim=(-0.03, 1.03))
     value.plot(*column("evaluation/return"), "o-", color="tab:blue", label="real return from the start")
     for name, style, color, label in (
@@ -2050,12 +2126,17 @@ def read_run(logdir):
                       "metrics.jsonl") from None
 
 
+def solved(row):
+    """What an evaluation is judged by: the share of successful episodes; in Franka Kitchen, of objects."""
+    return row["evaluation/completed"] / 4 if "evaluation/completed" in row else row["evaluation/success"]
+
+
 def interval(rows, draws=10_000):
-    """95 % interval of the mean success over seeds, from the evaluations `rows` (one a seed): seeds are drawn
-    with replacement, and each one's rate from what its episodes leave open (Jeffreys' Beta)."""
+    """95 % interval of the mean of `solved` over seeds, from the evaluations `rows` (one a seed): seeds are
+    drawn with replacement, and each one's rate from what its episodes leave open (Jeffreys' Beta)."""
     rng = np.random.default_rng(0)
     n = np.array([row["evaluation/episodes"] for row in rows])
-    k = np.array([row["evaluation/success"] for row in rows]) * n
+    k = np.array([solved(row) for row in rows]) * n
     seeds = rng.integers(len(rows), size=(draws, len(rows)))
     return np.quantile(rng.beta(k[seeds] + 0.5, (n - k)[seeds] + 0.5).mean(1), (0.025, 0.975))
 
@@ -2103,8 +2184,8 @@ def plot(logdirs):
         label = config["variant"] + f", {config['demos']} demos" * (len(demos[config["task"]]) > 1)
         tasks.setdefault(config["task"], {}).setdefault(label, []).append((config, rows))
     folder = Path(os.path.commonpath([Path(logdir).resolve().parent for logdir in logdirs]))
-    draw_groups(folder / "curves.png", tasks, "success rate", lambda row: row["evaluation/success"],
-                ylim=(-0.03, 1.03))
+    ylabel = "success rate" + " (kitchen: objects in place / 4)" * any(task in Kitchen.tasks for task in tasks)
+    draw_groups(folder / "curves.png", tasks, ylabel, solved, ylim=(-0.03, 1.03))
     def gap(row):
         return row["evaluation/promise"] - row["evaluation/return"] if "evaluation/promise" in row else None
     draw_groups(folder / "gap.png", tasks, "promised minus real return\n(units of 1 / (1 - gamma))", gap)
@@ -2113,13 +2194,13 @@ def plot(logdirs):
     for task, groups in sorted(tasks.items()):
         for label, members in groups.items():
             def rate(episode):
-                found = [rows[episode]["evaluation/success"] for _, rows in members if episode in rows]
+                found = [solved(rows[episode]) for _, rows in members if episode in rows]
                 return f"{np.mean(found):.0%}" if len(found) == len(members) else ""
             seeds = ", ".join(str(config["seed"]) for config, _ in members)
             last = [rows[max(rows)] for _, rows in members if rows]
             budget = "/".join(str(e) for e in sorted({config["online_episodes"] for config, _ in members}))
             low, high = interval(last) if last else (np.nan, np.nan)
-            final = f"{np.mean([row['evaluation/success'] for row in last]):.0%}" if last else ""
+            final = f"{np.mean([solved(row) for row in last]):.0%}" if last else ""
             print(f"| {task} | {label} | {seeds} | {rate(0)} | {rate(100)} | {rate(200)} | {final} | "
                   f"{low:.0%} to {high:.0%} | {budget} |")
 
@@ -2518,8 +2599,8 @@ def parse(argv):
 
 
 def build_config(**given):
-    """Config: explicit values over the variant's over the task's (for the laptop preset) over the preset's
-    over the defaults. Raises Trouble."""
+    """Config: explicit values over the variant's over the task's over the preset's over the defaults.
+    Raises Trouble."""
     for name, known in (("preset", [*PRESETS, "auto"]), ("variant", [*VARIANTS])):
         if given.setdefault(name, known[-1] if name == "preset" else known[0]) not in known:
             raise Trouble(f"unknown {name} {given[name]!r}; {nearest(given[name], known)}")
@@ -2527,14 +2608,14 @@ def build_config(**given):
         given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if given["preset"] == "auto":
         given["preset"] = "paper" if given["device"].startswith("cuda") else "laptop"
-    task = TASKS.get(given.get("task"), {}) if given["preset"] == "laptop" else {}
+    task = TASKS[given["preset"]].get(given.get("task"), {})
     cfg = Config(**(PRESETS[given["preset"]] | task | VARIANTS[given["variant"]] | given))
     if cfg.precision == "auto":
         cpu_has_it = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
         cfg.precision = "bfloat16" if cfg.device.startswith("cuda") or cpu_has_it else "float32"
     cfg.workers = cfg.workers or min(8, cores())
     if cfg.reward_head == "auto":
-        cfg.reward_head = "normal" if cfg.task.startswith("gym:") else "bernoulli"
+        cfg.reward_head = "normal" if cfg.task.startswith(("gym:", "kitchen-")) else "bernoulli"
     cfg.logdir = cfg.logdir or f"runs/{run_name(cfg.task, cfg.variant, cfg.seed)}"
     check_config(cfg)
     return cfg
@@ -2619,8 +2700,9 @@ def train(cfg):
             raise Trouble(f"{run.dir} holds a published checkpoint, weights alone: it can be evaluated, not "
                           "continued; choose another --logdir")
         run.describe()
+        published = TASKS["paper"].get(cfg.task, PRESETS["paper"])["episode_steps"]
         print(f"{cfg.task}, {cfg.variant}, seed {cfg.seed}, preset {cfg.preset} (episodes of "
-              f"{cfg.episode_steps} steps; the paper's: 200), {cfg.device}, {cfg.precision}, renderer: "
+              f"{cfg.episode_steps} steps; the paper's: {published}), {cfg.device}, {cfg.precision}, renderer: "
               f"{run.env.describe().get('renderer', 'its own')} -> {run.dir}")
         if run.state["updates"]:
             print(f"continuing at update {run.state['updates']}, online episode {run.state['episodes']}")
@@ -2659,6 +2741,8 @@ def finish(run):
     shown = max(run.kept, key=lambda episode: episode["success"])    # the first success, else the first
     if isinstance(run.agent, Agent):
         draw_prediction(run.agent, shown, run.dir / "prediction.png")
+        if cfg.task in Kitchen.tasks:
+            draw_combination(cfg, run.env, run.agent, run.dir / "combination.png")
     write_gif(run.agent, run.kept, run.dir / "eval.gif")
     run.clock("pictures", started)
     offline, final = run.state["scores"]["offline"], run.state["scores"]["final"]
@@ -2668,6 +2752,8 @@ def finish(run):
         "offline_success": offline["success"], "final_success": final["success"],
         "offline_return": offline["return"], "final_return": final["return"],
         "eval_episodes": final["episodes"],
+        **{f"{name}_{key}": score[key] for key in ("completed", "counts")
+           for name, score in (("offline", offline), ("final", final)) if key in score},
         "updates": run.state["updates"], "env_steps": run.state["env_steps"],
         "wall_seconds": seconds | {"total": round(sum(seconds.values()), 1)}, "device": cfg.device,
         "peak_memory_gb": round(peak_memory_gb() + run.players.peak_memory_gb(), 2),
@@ -2719,11 +2805,15 @@ def evaluate_run(logdir, episodes):
         cfg = run.cfg
         result, kept = evaluate(cfg, run.players, run.agent, episodes or cfg.final_episodes, first=10_000)
         write_gif(run.agent, kept, run.dir / "eval.gif")
+        wrote = f"wrote {run.dir / 'eval.gif'}"
+        if cfg.task in Kitchen.tasks and isinstance(run.agent, Agent):
+            result |= draw_combination(cfg, run.env, run.agent, run.dir / "combination.png")
+            wrote += f" and {run.dir / 'combination.png'}"
     finally:
         run.close()
     print(json.dumps({"task": cfg.task, "variant": cfg.variant, "seed": cfg.seed,
                       "updates": run.state["updates"]} | result))
-    print(f"wrote {run.dir / 'eval.gif'}", file=sys.stderr)
+    print(wrote, file=sys.stderr)
 
 
 def publish(logdir, folder):
@@ -2770,6 +2860,236 @@ def main(argv=None):
             print(f"moto: stopped {how}; repeat the command to continue", file=sys.stderr)
             return 128 + (asked["signal"] or signal.SIGINT)
     return 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Franka Kitchen
+# ------------------------------------------------------------------------------------------------------------
+
+KITCHEN_EXTRA = "pip install gymnasium-robotics==1.4.2 'minari[hdf5]==0.5.4' (the extra for Franka Kitchen)"
+OPEN, SHUT = 1.0, -1.0                                               # the action of both fingers
+# Object: the site that its way-points are relative to (m, world axes); how near the goal the work ends; the
+# way-points with what the fingers do there, the last of them hardly ever reached; where to back off.
+SCRIPTS = {
+    "microwave": ("microhandle_site", 0.2,
+                  [((.10, -.25, 0), OPEN), ((.03, -.15, 0), OPEN), ((.03, 0, 0), OPEN), ((.03, 0, 0), SHUT),
+                   ((-.10, -.25, 0), SHUT), ((-.3, -.4, 0), SHUT)], ((.05, -.15, .1), OPEN)),
+    "kettle": ("kettle_site", 0.27,
+               [((0, -.3, -.07), SHUT), ((0, -.2, -.07), SHUT), ((.03, .4, -.07), SHUT)],
+               ((0, -.12, .05), SHUT)),
+    "bottom burner": ("knob2_site", 0.2,
+                      [((-.06, -.1, .05), SHUT), ((-.06, -.03, .05), SHUT), ((.1, -.03, .03), SHUT)],
+                      ((0, -.15, 0), SHUT)),
+    "top burner": ("knob4_site", 0.2,
+                   [((-.06, -.1, .05), SHUT), ((-.06, -.03, .05), SHUT), ((.1, -.03, .03), SHUT)],
+                   ((0, -.15, 0), SHUT)),
+    "light switch": ("light_site", 0.2,
+                     [((.08, -.15, .02), SHUT), ((.08, -.02, .02), SHUT), ((-.2, .01, .02), SHUT)],
+                     ((.1, -.15, .05), SHUT)),
+    "slide cabinet": ("slide_site", 0.2,
+                      [((-.12, -.12, 0), SHUT), ((-.1, .03, 0), SHUT), ((.35, .03, 0), SHUT)],
+                      ((-.05, -.2, 0), SHUT)),
+}
+
+
+class Kitchen:
+    """Franka Kitchen through the authors' camera: an arm, nine velocities, four objects to be put in place.
+
+    The reward is the number of the task's four objects that are in place at that step; success is all four.
+    No termination. Demonstrations are scripted: sequences of four sub-tasks out of the six of SCRIPTS, never
+    the task's own four, so that no demonstration is worth more than 3. Sources: Gupta et al. 2019; D4RL.
+    """
+    action_size, terminates, most_shown = 9, False, 3
+    view = {"azimuth": 90, "elevation": -60, "distance": 1.86, "lookat": [-0.3, 0.5, 2.0]}
+    tasks = {"kitchen-partial": ("microwave", "kettle", "light switch", "slide cabinet"),
+             "kitchen-mixed": ("microwave", "kettle", "bottom burner", "light switch")}
+
+    def __init__(self, cfg):
+        need("gymnasium_robotics", KITCHEN_EXTRA)
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):     # news of other robots
+            import gymnasium, gymnasium_robotics
+        gymnasium.register_envs(gymnasium_robotics)
+        self.targets, self.repeat = self.tasks[cfg.task], cfg.action_repeat
+        self.env = gymnasium.make("FrankaKitchen-v1", tasks_to_complete=list(self.targets),
+                                  terminate_on_tasks_completed=False, remove_task_when_completed=False)
+        self.env = self.env.unwrapped                                # our own time limit
+        self.model, self.data = self.env.model, self.env.data
+        self.camera = Camera(cfg, self.model, self.data, self.view)
+        self.render = self.camera.render
+
+    def describe(self):
+        name = "gymnasium-robotics"
+        return self.camera.describe() | {name: importlib.metadata.version(name)}
+
+    def reset(self, seed):
+        self.rng, self.script, self.sequence = np.random.default_rng(seed), None, []
+        self.env.reset(seed=int(self.rng.integers(2 ** 31)))
+        return self.render()
+
+    def step(self, action):
+        for _ in range(self.repeat):
+            _, reward, *_ = self.env.step(np.asarray(action, float))
+        self.demonstrated = all(map(self.in_place, self.sequence))
+        return self.render(), reward, False, False, reward == len(self.targets)
+
+    def restore(self, observation):
+        """Set a recorded observation (59,) back into the simulator -> image, reward there."""
+        self.env.robot_env.set_state(np.concatenate([observation[:9], observation[18:39]]),
+                                     np.concatenate([observation[9:18], observation[39:]]))
+        return self.render(), float(sum(map(self.in_place, self.targets)))
+
+    def in_place(self, name, within=0.3):
+        """Whether an object is near its goal; 0.3 is what the environment itself counts."""
+        from gymnasium_robotics.envs.franka_kitchen import kitchen_env
+        at = self.data.qpos[kitchen_env.OBS_ELEMENT_INDICES[name]]
+        return bool(np.linalg.norm(at - kitchen_env.OBS_ELEMENT_GOALS[name]) < within)
+
+    def draw_sequence(self):
+        """Four of the six objects, not the task's own four, in an order that leans to that of SCRIPTS."""
+        while True:
+            chosen = self.rng.permutation(list(SCRIPTS))[:4]
+            if set(chosen) != set(self.targets):
+                return sorted(chosen, key=lambda name: [*SCRIPTS].index(name) + self.rng.uniform(0, 3))
+
+    def scripted_action(self):
+        if self.script is None:
+            self.sequence = self.sequence or self.draw_sequence()
+            self.script = self.play_script()
+        return next(self.script)
+
+    def play_script(self):
+        """The actions (9,) of a sequence of sub-tasks, then rest: one by one, as the scene changes."""
+        for name in self.sequence:
+            site, within, points, (back, fingers) = SCRIPTS[name]
+            origin = self.data.site(site).xpos.copy()
+            for offset, grip in points:
+                speed = 0.08 if offset != points[-1][0] else 0.055
+                yield from self.reach(origin + offset, grip, speed, lambda: self.in_place(name, within))
+            yield from self.reach(self.data.site("end_effector").xpos + back, fingers, 0.08, most=12)
+        while True:
+            yield np.zeros(9)
+
+    def reach(self, target, fingers, speed, done=lambda: False, most=40):
+        """Actions towards a point (3,), at `speed` m a step, until there or done().
+
+        Damped least squares for the seven joints, a twentieth of the way back to the first posture in what
+        that leaves free, and near the target an integral term: the joints sag. Fingers get four steps.
+        """
+        import mujoco
+        jacobian, error, missed = np.zeros((3, self.model.nv)), np.full(3, np.inf), np.zeros(3)
+        for step in range(most):
+            if (step >= 4 and np.linalg.norm(error) < 0.03) or done():
+                return
+            error = target - self.data.site("end_effector").xpos
+            length = np.linalg.norm(error)
+            missed = missed + error if length < 0.08 else np.zeros(3)
+            wanted = (error + 0.1 * missed) * min(1, speed / length)
+            mujoco.mj_jacSite(self.model, self.data, jacobian, None, self.data.site("end_effector").id)
+            J = jacobian[:, :7]
+            inverse = J.T @ np.linalg.inv(J @ J.T + 1e-3 * np.eye(3))
+            posture = self.env.robot_env.init_qpos[:7] - self.data.qpos[:7]
+            joints = inverse @ wanted + (np.eye(7) - inverse @ J) @ (0.05 * posture)
+            yield np.clip(np.append(2.2 / 0.16 * joints, [fingers, fingers]), -1, 1)      # 0.16: a step at 1
+
+    def default_env(self):
+        """The same scene as Gymnasium renders it by default. This one can then render no more."""
+        import gymnasium
+        self.camera.close()
+        env = gymnasium.make("FrankaKitchen-v1", render_mode="rgb_array")
+        env.reset(seed=0)
+        return env
+
+    def close(self):
+        self.camera.close()
+        self.env.close()
+
+
+def render_minari(cfg, players):
+    """--data minari:ID: a recorded data set of states, rendered anew -> paths of episodes, cached.
+
+    States are set back into the simulator, and rewards counted for the task's four objects. Raises Trouble
+    where the data set is missing, damaged, or for another robot.
+    """
+    if cfg.task not in Kitchen.tasks:
+        raise Trouble(f"--data minari: is for {' and '.join(Kitchen.tasks)}; {cfg.task} takes a folder of .npz "
+                      "episodes")
+    need("minari", KITCHEN_EXTRA)
+    import minari
+    name = cfg.data.removeprefix("minari:")
+    try:
+        data = minari.load_dataset(name, download=True)
+        states = lambda seen: seen["observation"] if isinstance(seen, dict) else seen
+        recorded = [(states(episode.observations), episode.actions) for episode in data.iterate_episodes()]
+    except Exception as error:                       # network, files, versions: whatever h5py or minari raise
+        raise Trouble(f"the Minari data set {name!r} cannot be read ({type(error).__name__}: {error}); remove "
+                      "it and fetch it anew, as by: minari download D4RL/kitchen/mixed-v2") from None
+    for states, actions in recorded:
+        if states.shape != (len(actions) + 1, 59) or actions.shape[1:] != (9,):
+            raise Trouble(f"the Minari data set {name!r} has observations {states.shape} and actions "
+                          f"{actions.shape}; Franka Kitchen has (L+1, 59) and (L, 9): choose another data set")
+    folder = cache_folder(cfg, players.env, {"minari": name, "episodes": len(recorded)})
+    paths = [folder / f"episode{index:04d}.npz" for index in range(len(recorded))]
+    missing = [(path, *episode) for path, episode in zip(paths, recorded) if not path.exists()]
+    rendered = players.each(render_recorded, missing)
+    for _ in tqdm(rendered, total=len(missing), desc="rendering", disable=not missing):
+        exit_if_asked()
+    return paths
+
+
+def render_recorded(cfg, env, recorded):
+    """Render one recorded episode (path, states (L+1, 59), actions (L, 9)) to its path."""
+    path, states, actions = recorded
+    env.reset(0)
+    images, rewards = zip(*map(env.restore, states))
+    save_episode(path, images, np.clip(actions, -1, 1), rewards[1:])
+
+
+def all_four(cfg, env):
+    """A scripted episode of all the task's sub-tasks, as no demonstration shows it: a dict as `rollout`'s."""
+    env.draw_sequence = lambda: list(env.targets)
+    try:
+        for index in range(50):
+            image, action, reward, _ = demonstrate(cfg, env, episode_seed(cfg, "evaluation", 20_000 + index))
+            if max(reward) == len(env.targets):
+                return {"image": image, "action": [np.float32(a) for a in action], "reward": reward}
+    finally:
+        del env.draw_sequence
+    raise Trouble(f"50 scripted attempts at all of {cfg.task} failed; lower --demo-noise")
+
+
+@torch.no_grad()
+def draw_combination(cfg, env, agent, path, dreams=16, steps=200):
+    """combination.png, the paper's Figure 4: does the model know what it has never seen, all four in place?
+
+    Above: a scripted episode of all four, filtered; the model's reward for it against the true one. Below:
+    the policy's own dreams from that first image, `dreams` of them, and frames of the most rewarded one.
+    Returns the largest predicted reward of each: {"predicted_unseen", "dreamt"}.
+    """
+    model, episode = agent.model, all_four(cfg, env)
+    x, a, first = as_sequence(agent, episode)
+    h, z, *_ = (v[0] for v in model.observe(x, a, first))
+    predicted = model.expected_reward(torch.cat([h, z], -1)).cpu()
+    dream = imagine(model, agent.actor, h[:1].repeat(dreams, 1), z[:1].repeat(dreams, 1), steps)["feat"]
+    dreamt = model.expected_reward(dream).cpu()                      # (steps + 1, dreams)
+    best = int(dreamt.amax(0).argmax())
+    fig, axes = figure(13, 8, 4, 1, height_ratios=[1, 1.6, 1, 1.6])
+    for axis, images, title in (
+            (axes[0], to_uint8(x[0]), "a scripted episode of all four sub-tasks, as no demonstration shows it"),
+            (axes[2], to_uint8(model.decoder(dream[:, best])),
+             "the policy's most rewarded dream from that first image")):
+        shown = np.linspace(0, len(images) - 1, 12).astype(int)
+        axis.imshow(np.concatenate(images[shown], 1))
+        axis.set(xticks=(np.arange(12) + 0.5) * images.shape[2], yticks=[])
+        axis.set_xticklabels(shown), axis.set_title(title, fontsize=10)
+    axes[1].plot([0, *episode["reward"]], color="black", label="true reward: objects in place")
+    axes[1].plot(predicted, color="tab:green", label="the model's")
+    axes[3].plot(dreamt, color="tab:green", lw=0.6, alpha=0.5)
+    axes[3].plot(dreamt[:, best], color="tab:green", label=f"the model's, in {dreams} dreams (thick: this one)")
+    for axis in (axes[1], axes[3]):
+        axis.axhline(env.most_shown, color="tab:red", ls=":", label="the most in any demonstration")
+        axis.set(ylim=(-0.3, 4.5), xlabel="agent step"), axis.legend(fontsize=8, loc="upper left")
+    save_figure(fig, path)
+    return {"predicted_unseen": float(predicted.max()), "dreamt": float(dreamt.max())}
 
 
 if __name__ == "__main__":

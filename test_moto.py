@@ -2,7 +2,7 @@
 
     python -m pytest -q test_moto.py
 """
-import copy, dataclasses, importlib.util, inspect, json, math, os, re, signal, subprocess, sys
+import copy, dataclasses, importlib.util, inspect, json, math, os, re, signal, socket, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -505,8 +505,11 @@ def test_a_task_has_its_own_budget_between_preset_and_variant():
     for preset in ("debug", "paper"):                                # these budgets are their own
         assert build(task="hammer", preset=preset).offline_updates == moto.PRESETS[preset]["offline_updates"]
     known = {f.name for f in dataclasses.fields(moto.Config)}
-    assert all(set(changes) <= known for changes in moto.TASKS.values())
-    assert all(build(task=task).online_episodes <= 400 for task in moto.TASKS)
+    assert all(set(changes) <= known for tasks in moto.TASKS.values() for changes in tasks.values())
+    assert all(build(task=task).online_episodes <= 400 for task in moto.TASKS["laptop"])
+    for preset in moto.PRESETS:                                      # but the kitchen is the kitchen at any scale
+        cfg = build(task="kitchen-mixed", preset=preset)
+        assert (cfg.action_repeat, cfg.episode_steps, cfg.success_reward, cfg.reward_head) == (1, 280, 4, "normal")
 
 
 def test_what_sets_a_variant_apart_changes_the_update_and_the_rest_is_one_method():
@@ -1347,10 +1350,11 @@ def test_leaving_out_what_is_out_of_view_changes_no_pixel(drawer):
     left_out = set()
     for t in range(40):
         image, *_ = drawer.step(drawer.scripted_action())
-        left_out.add(int(drawer.out_of_view().sum()))
-        drawer.env.model.geom_group[:] = drawer.groups
-        drawer.renderer.update_scene(drawer.env.data, drawer.camera)
-        blocks = drawer.renderer.render().reshape(64, 2, 64, 2, 3)                 # and a pixel is the mean of four
+        camera = drawer.camera
+        left_out.add(int(camera.out_of_view().sum()))
+        drawer.env.model.geom_group[:] = camera.groups
+        camera.renderer.update_scene(drawer.env.data, camera.free)
+        blocks = camera.renderer.render().reshape(64, 2, 64, 2, 3)                 # and a pixel is the mean of four
         assert np.abs(image - blocks.mean((1, 3))).max() <= 0.5
     assert min(left_out) >= 4
 
@@ -1423,15 +1427,31 @@ def test_operations_are_counted_right():
 
 
 def test_scripted_demonstrations_succeed_are_cached_and_never_reused_wrongly(drawer, tmp_path):
-    cfg = moto.build_config(task="drawer-open", device="cpu", demos=1, demo_noise=0.0, cache=str(tmp_path))
-    path, = moto.collect_demos(cfg, drawer)
+    cfg = moto.build_config(task="drawer-open", device="cpu", workers=1, demos=1, demo_noise=0.0, cache=str(tmp_path))
+    players = moto.Players(cfg, drawer)
+    path, = moto.collect_demos(cfg, players)
     episode = moto.load_episode(path, 64, 4)
     when = episode["reward"].argmax()
     assert episode["reward"].max() == 1 and len(episode["reward"]) == when + 1 + cfg.demo_tail and np.abs(episode["action"]).max() <= 1
     stamp = path.stat().st_mtime_ns
-    assert moto.collect_demos(cfg, drawer) == [path] and path.stat().st_mtime_ns == stamp
-    other, = moto.collect_demos(dataclasses.replace(cfg, demo_tail=3), drawer)
+    assert moto.collect_demos(cfg, players) == [path] and path.stat().st_mtime_ns == stamp
+    shorter = dataclasses.replace(cfg, demo_tail=3)
+    other, = moto.collect_demos(shorter, moto.Players(shorter, drawer))
     assert other.parent != path.parent
+
+
+def test_processes_collect_the_demonstrations_that_one_process_collects(drawer, tmp_path):
+    """With too little time for some attempts: the same ones are kept, with the same content."""
+    kept = []
+    for workers in (1, 2):
+        cfg = moto.build_config(task="drawer-open", device="cpu", workers=workers, demos=3, episode_steps=53, image_size=16, supersample=1,
+                                cache=str(tmp_path / str(workers)))                     
+        env = moto.make_env(cfg)
+        players = moto.Players(cfg, env)
+        kept.append([(path.name, moto.load_episode(path, 16, 4)["action"]) for path in moto.collect_demos(cfg, players)])
+        players.close(), env.close()
+    assert [name for name, _ in kept[0]] == [name for name, _ in kept[1]] != [f"attempt{i:04d}.npz" for i in range(3)]
+    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(*kept))
 
 
 def test_command_line_end_to_end_on_a_real_task(tmp_path):
@@ -1442,6 +1462,158 @@ def test_command_line_end_to_end_on_a_real_task(tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["updates"] == 30
     result = subprocess.run(argv[:2] + ["--evaluate", tmp_path / "run", "--episodes", "1"], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0 and json.loads(result.stdout)["episodes"] == 1, result.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ Franka Kitchen
+
+needs_kitchen = pytest.mark.skipif(importlib.util.find_spec("gymnasium_robotics") is None, reason="the extra for Franka Kitchen is not installed")
+
+
+def kitchen_config(**changes):
+    return moto.build_config(**dict(task="kitchen-mixed", preset="debug", device="cpu", image_size=16, supersample=1, workers=1) | changes)
+
+
+@pytest.fixture(scope="module")
+def kitchen():
+    env = moto.make_env(kitchen_config())
+    yield env
+    env.close()
+
+
+def observation(env):
+    """What FrankaKitchen-v1 observes, without its noise: positions and velocities of the robot, then of the objects."""
+    q, v = env.data.qpos, env.data.qvel
+    return np.concatenate([q[:9], v[:9], q[9:], v[9:]])
+
+
+@needs_kitchen
+def test_kitchen_pays_for_each_object_in_place_and_never_ends(kitchen):
+    from gymnasium_robotics.envs.franka_kitchen.kitchen_env import OBS_ELEMENT_GOALS, OBS_ELEMENT_INDICES
+    kitchen.reset([0, 0, 0])
+    for count, name in enumerate(kitchen.targets, 1):
+        kitchen.data.qpos[OBS_ELEMENT_INDICES[name]] = OBS_ELEMENT_GOALS[name]
+        state = observation(kitchen)
+        assert kitchen.restore(state)[1] == count
+        image, reward, terminal, over, success = kitchen.step(np.zeros(9))
+        assert (reward, terminal, over, success) == (count, False, False, count == 4) and image.shape == (16, 16, 3)
+        kitchen.restore(state)
+    kitchen.data.qpos[OBS_ELEMENT_INDICES["kettle"]] += 1                      # out again: the reward falls
+    assert kitchen.restore(observation(kitchen))[1] == 3
+    kitchen.data.qpos[OBS_ELEMENT_INDICES["slide cabinet"]] = OBS_ELEMENT_GOALS["slide cabinet"]       # no target of "mixed"
+    assert kitchen.restore(observation(kitchen))[1] == 3
+
+
+@needs_kitchen
+def test_kitchen_scripts_do_their_sub_tasks_and_never_the_whole_task(kitchen):
+    """Every sub-task alone works at the demonstrations' noise; the drawn sequences vary, and are never the task's four."""
+    cfg, alone = kitchen_config(), {}
+    for name in moto.SCRIPTS:
+        kitchen.draw_sequence = lambda: [name]
+        images, actions, rewards, worked = moto.demonstrate(cfg, kitchen, [0, 0, 1])
+        alone[name] = worked and kitchen.in_place(name) and max(rewards) == (name in kitchen.targets) and len(actions) < 120
+        del kitchen.draw_sequence
+    assert all(alone.values()), alone
+    drawn = []
+    for seed in range(200):
+        kitchen.rng = np.random.default_rng(seed)
+        drawn.append(tuple(kitchen.draw_sequence()))
+    assert all(len(set(s)) == 4 and set(s) != set(kitchen.targets) for s in drawn) and len(set(drawn)) > 50
+    assert {name for s in drawn for name in s} == set(moto.SCRIPTS)
+
+
+@needs_kitchen
+def test_kitchen_demonstrations_that_reach_all_four_are_refused(kitchen):
+    cfg = kitchen_config()
+    complete = moto.all_four(cfg, kitchen)
+    assert max(complete["reward"]) == 4 and "draw_sequence" not in vars(kitchen)
+    kitchen.draw_sequence = lambda: list(kitchen.targets)
+    attempts = [moto.demonstrate(cfg, kitchen, moto.episode_seed(cfg, "evaluation", 20_000 + index)) for index in range(2)]
+    del kitchen.draw_sequence
+    assert any(max(rewards) == 4 for _, _, rewards, _ in attempts) and not any(worked for *_, worked in attempts)
+
+
+def minari_set(name, states, actions, monkeypatch, folder):
+    """A local data set of D4RL's layout, made without a network."""
+    import gymnasium, minari
+    from minari.data_collector import EpisodeBuffer
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(folder))
+    buffers = [EpisodeBuffer(id=i, seed=i, options=None, observations={"observation": s}, actions=a, rewards=np.zeros(len(a)),
+                             terminations=[False] * len(a), truncations=[False] * (len(a) - 1) + [True], infos={})
+               for i, (s, a) in enumerate(zip(states, actions))]
+    box = lambda n: gymnasium.spaces.Box(-np.inf, np.inf, (n,), np.float64)
+    minari.create_dataset_from_buffers(dataset_id=name, buffer=buffers, observation_space=gymnasium.spaces.Dict(observation=box(states[0].shape[1])),
+                                       action_space=box(actions[0].shape[1]))
+
+
+@needs_kitchen
+def test_minari_states_are_rendered_and_paid_anew(kitchen, tmp_path, monkeypatch):
+    """Recorded with the rewards of another task: images are those of the simulator, rewards those of this task's objects."""
+    pytest.importorskip("minari")
+    rng, states, actions, truth = np.random.default_rng(0), [], [], []
+    for episode in range(3):
+        images, rewards = [kitchen.reset([0, 0, episode])], []
+        kitchen.sequence = ["kettle"] if episode == 1 else ["slide cabinet"]
+        s, a = [observation(kitchen)], []
+        for _ in range(45):
+            a.append(np.clip(kitchen.scripted_action() + 0.02 * rng.standard_normal(9), -1, 1))
+            image, reward, *_ = kitchen.step(a[-1])
+            s.append(observation(kitchen)), images.append(image), rewards.append(reward)
+        states.append(np.array(s)), actions.append(np.array(a)), truth.append((np.stack(images), np.array(rewards)))
+    minari_set("test/kitchen-v0", states, actions, monkeypatch, tmp_path / "minari")
+    cfg = kitchen_config(data="minari:test/kitchen-v0", workers=2, cache=str(tmp_path / "cache"))
+    players = moto.Players(cfg, kitchen)
+    try:
+        paths = moto.offline_paths(cfg, players)
+        assert len(paths) == 3 and truth[1][1].max() == 1 and truth[0][1].max() == 0
+        for path, (images, rewards), a in zip(paths, truth, actions):
+            episode = moto.load_episode(path, 16, 9)
+            np.testing.assert_array_equal(episode["reward"], rewards)
+            np.testing.assert_allclose(episode["action"], a, atol=1e-6)
+            error = lambda mine, theirs: np.abs(mine.astype(int) - theirs).mean()          # a picture after a step is 2 ms older than
+            exact = error(episode["image"], images)                                        # the state: single pixels at edges differ
+            assert exact < 0.3 and error(episode["image"][1:], images[:-1]) > 3 * exact, exact
+        stamp = paths[0].stat().st_mtime_ns
+        paths[1].unlink()                                                       # interrupted: what is there stays, what lacks is made
+        assert moto.offline_paths(cfg, players) == paths and paths[0].stat().st_mtime_ns == stamp and paths[1].exists()
+    finally:
+        players.close()
+
+
+@needs_kitchen
+@pytest.mark.parametrize("fault", ["another robot", "damaged", "missing", "another task"])
+def test_a_wrong_minari_set_is_one_sentence(kitchen, tmp_path, monkeypatch, fault):
+    pytest.importorskip("minari")
+    width = 17 if fault == "another robot" else 59
+    minari_set("test/wrong-v0", [np.zeros((5, width))], [np.zeros((4, 9))], monkeypatch, tmp_path)
+    if fault == "damaged":
+        for path in tmp_path.rglob("*.hdf5"):
+            path.write_bytes(path.read_bytes()[:200])
+    monkeypatch.setattr(socket.socket, "connect", lambda *args: (_ for _ in ()).throw(OSError("no network")))
+    cfg = kitchen_config(data="minari:test/" + ("missing-v0" if fault == "missing" else "wrong-v0"), cache=str(tmp_path / "cache"))
+    if fault == "another task":
+        cfg = dataclasses.replace(cfg, task="hammer")
+    with pytest.raises(moto.Trouble, match={"another robot": r"\(5, 17\)", "another task": "kitchen-partial"}.get(fault, "minari download")):
+        moto.offline_paths(cfg, moto.Players(cfg, kitchen))
+
+
+def test_kitchen_without_its_extra_names_the_command(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(moto.Trouble, match="pip install gymnasium-robotics"):
+        moto.make_env(kitchen_config())
+
+
+@needs_kitchen
+def test_kitchen_from_the_command_line(tmp_path):
+    """Demonstrations, both phases, counts of objects, and the paper's Figure 4."""
+    argv = flags(task="kitchen-mixed", preset="debug", device="cpu", image_size=16, supersample=1, workers=2, offline_updates=4, online_episodes=1,
+                 updates_per_episode=2, eval_episodes=1, final_episodes=2, demos=2, cache=tmp_path / "demos", logdir=tmp_path / "run")
+    done = child("import moto, sys\nif __name__ == '__main__':\n sys.exit(moto.main(sys.argv[1:]))", *argv)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert 0 <= result["final_completed"] <= 4 and sum(result["final_counts"]) == 2 and (tmp_path / "run" / "combination.png").stat().st_size > 10_000
+    for path in (tmp_path / "demos").rglob("attempt*.npz"):
+        assert moto.load_episode(path, 16, 9)["reward"].max() <= 3
+    assert moto.main(["--plot", str(tmp_path / "run")]) == 0
 
 
 # ------------------------------------------------------------------------------------------------------ learning
