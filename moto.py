@@ -144,8 +144,8 @@ PRESETS = {
                   critic_lr=3e-4, target_rate=0.02, offline_updates=1000, online_episodes=400,
                   updates_per_episode=50, eval_every=2500, eval_episodes=20, save_every=1000),
 }
-HARD = dict(episode_steps=200, offline_updates=1000, online_episodes=200, updates_per_episode=10,
-            eval_every=500, eval_episodes=20)
+HARD = dict(episode_steps=200, repr_weight=30.0, offline_updates=2000, online_episodes=200,
+            updates_per_episode=10, eval_every=500, eval_episodes=20)
 
 
 def kitchens(**budget):
@@ -155,10 +155,10 @@ def kitchens(**budget):
 
 
 TASKS = {                                        # by preset: what a task needs beyond it
-    "laptop": {"assembly": HARD | dict(repr_weight=30.0, offline_updates=2000),
-               "bin-picking": HARD | dict(eval_sample=True), "box-close": HARD, "coffee-push": HARD,
-               "disassemble": HARD, "hammer": HARD}
-    | kitchens(offline_updates=3000, online_episodes=50, updates_per_episode=40, eval_every=1000,
+    "laptop": {"assembly": HARD, "bin-picking": HARD | dict(eval_sample=True), "box-close": HARD,
+               "coffee-push": HARD, "disassemble": HARD,
+               "hammer": HARD | dict(repr_weight=10.0, offline_updates=1000)}
+    | kitchens(offline_updates=6000, online_episodes=100, updates_per_episode=40, eval_every=1000,
                eval_episodes=10, final_episodes=20),
     "debug": kitchens(demos=2, final_episodes=1),
     "paper": kitchens(offline_updates=10_000, online_episodes=1300),
