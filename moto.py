@@ -2146,7 +2146,7 @@ def interval(rows, draws=10_000):
 
 def draw_groups(path, tasks, ylabel, value, **limits):
     """A panel per task, a line per group of runs: mean and range over seeds of value(evaluation row)."""
-    columns = min(5, len(tasks))
+    columns, colors, handles = min(5, len(tasks)), {}, {}
     fig, axes = figure(4.4 * columns, 3.6 * math.ceil(len(tasks) / columns), math.ceil(len(tasks) / columns),
                        columns, squeeze=False, sharey=True)
     for axis in axes.flat[len(tasks):]:
@@ -2157,25 +2157,26 @@ def draw_groups(path, tasks, ylabel, value, **limits):
         for label, members in groups.items():
             common = sorted(set.intersection(*[{e for e, row in rows.items() if value(row) is not None}
                                                for _, rows in members]))
-            if common:
-                y = np.array([[value(rows[e]) for e in common] for _, rows in members])
-                label = f"{label} ({len(members)} seed{'s' * (len(members) > 1)})"
-                if len(common) > 1:
-                    line, = axis.plot(common, y.mean(0), "o-", ms=3, label=label)
-                    axis.fill_between(common, y.min(0), y.max(0), color=line.get_color(), alpha=0.15)
-                else:                                              # no online phase: a level to compare with
-                    axis.axhline(y.mean(), ls="--", color="black", lw=1, label=label)
-        axis.set(title=task, xlabel="online episodes (0: after the offline phase)", **limits)
+            y = np.array([[value(rows[e]) for e in common] for _, rows in members])
+            if len(common) > 1:
+                color = colors.setdefault(label, f"C{len(colors)}")
+                handles[label], = axis.plot(common, y.mean(0), "o-", ms=3, color=color)
+                axis.fill_between(common, y.min(0), y.max(0), color=color, alpha=0.15)
+            elif common:                                           # no online phase: a level to compare with
+                handles[label] = axis.axhline(y.mean(), ls="--", color="black", lw=1)
+        seeds = max(map(len, groups.values()))
+        axis.set(title=f"{task} ({seeds} seed{'s' * (seeds > 1)})", **limits,
+                 xlabel="online episodes (0: after the offline phase)")
         axis.axhline(0, color="black", lw=0.8)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+    fig.legend(handles.values(), handles, loc="outside lower center", ncols=9)
     save_figure(fig, path)
     print(f"wrote {path}", file=sys.stderr)
 
 
 def plot(logdirs):
     """--plot: curves.png (success over online episodes), gap.png (how much more the critics promised than
-    came true) into the folder that holds the runs; prints a table of the final scores.
+    came true, on tasks with several variants) into the folder of the runs; prints a table of the scores.
 
     A panel per task, a line per variant (and number of demonstrations), mean and range over seeds.
     """
@@ -2192,7 +2193,8 @@ def plot(logdirs):
     def gap(row):
         if "evaluation/promise" in row:
             return row["evaluation/promise"] - row.get("evaluation/continued", row["evaluation/return"])
-    draw_groups(folder / "gap.png", tasks, "promised minus real return\n(units of 1 / (1 - gamma))", gap)
+    compared = {task: groups for task, groups in tasks.items() if len(groups.keys() - {"bc"}) > 1} or tasks
+    draw_groups(folder / "gap.png", compared, "promised minus real return\n(units of 1 / (1 - gamma))", gap)
     print("| task | runs | seeds | offline | at 100 | at 200 | final | 95 % interval | episodes |")
     print("|---|---|---|---|---|---|---|---|---|")
     for task, groups in sorted(tasks.items()):

@@ -499,7 +499,7 @@ def test_a_variant_is_a_change_of_numbers():
 
 def test_a_task_has_its_own_budget_between_preset_and_variant():
     build = lambda **given: moto.build_config(device="cpu", **given)
-    plain, hard = build(task="drawer-open"), build(task="hammer")
+    plain, hard = build(task="drawer-open"), build(task="assembly")
     assert {name for name in moto.HARD if getattr(hard, name) != getattr(plain, name)} == set(moto.HARD)
     assert build(task="hammer", variant="bc").online_episodes == 0 and build(task="hammer", online_episodes=7).online_episodes == 7
     for preset in ("debug", "paper"):                                # these budgets are their own
