@@ -131,7 +131,6 @@ class Config:
     eval_episodes: int = opt(10, "episodes of each evaluation on the way")
     eval_sample: bool = opt(False, "evaluations sample, as online episodes do; off: means act")
     final_episodes: int = opt(50, "fresh episodes behind offline_success and final_success")
-    drift: float = opt(0.0, "online: largest deviation of a slow drift added to the actions (DEPARTURE)")
     lag: int = opt(1, "1: an episode is played while the U updates before it run; 0: after them [paper: 0]")
     log_every: int = opt(25, "updates per line of metrics.jsonl")
     save_every: int = opt(250, "updates between checkpoints")
@@ -715,10 +714,10 @@ class Policy(nn.Module):
             mine.copy_(newest)
 
     @torch.no_grad()
-    def act(self, image, state=None, generator=None, drift=0.0):
+    def act(self, image, state=None, generator=None):
         """One step of acting: uint8 image (P, P, 3), carried state (None at a reset) -> a (A,), next state.
 
-        With a generator, latents and action are sampled; without, they are the means. `drift` (A,) is added.
+        With a generator, latents and action are sampled; without, they are the means.
         """
         device, model = self.updates.device, self.model
 
@@ -730,7 +729,6 @@ class Policy(nn.Module):
         h, z, *_ = model.filter_step(h, z, a, model.encoder(x), noise(z.shape[1]))
         policy = self.actor(torch.cat([h, z], -1))
         a = policy.mode if generator is None else policy.rsample(noise(a.shape[1]))[0]
-        a = (a + torch.as_tensor(drift, device=device)).clamp(-1, 1)
         return a[0].cpu().numpy(), (h, z, a)
 
 
@@ -935,7 +933,7 @@ class StackPolicy(Policy):
     """What acts in the baselines: the encoder of the latest frames (`model`) and the actor."""
 
     @torch.no_grad()
-    def act(self, image, state=None, generator=None, drift=0.0):
+    def act(self, image, state=None, generator=None):
         """As Policy.act; the carried state is the frames before this one."""
         x = to_image(torch.as_tensor(image, device=self.updates.device))[None]
         frames = (*state[1:], x) if state else (x,) * self.actor.cfg.frames
@@ -943,7 +941,6 @@ class StackPolicy(Policy):
         a = policy.mode
         if generator is not None:
             a = policy.rsample(torch.randn(a.shape, generator=generator).to(a.device))[0]
-        a = (a + torch.as_tensor(drift, device=a.device)).clamp(-1, 1)
         return a[0].cpu().numpy(), frames
 
 
@@ -1797,36 +1794,17 @@ def finetune(run):
     run.save()
 
 
-def slow_drift(generator, L, A, most, memory=0.95):
-    """What explores: a first-order autoregressive sequence (L, A), its deviation drawn from [0, most].
-
-        d_t = memory d_{t-1} + sqrt(1 - memory^2) e_t,   e_t ~ Normal(0, deviation)
-
-    White noise averages out on the hand's way to an object, and a hand that comes down beside it does so time
-    and again. A drift moves the place where it arrives: Meta-World's scripts, and policies that learned from
-    them, command an action of one per decimetre to go, so that 0.2 is two centimetres. DEPARTURE. Source:
-    Eberhard et al. 2023, pink noise.
-    """
-    noise = torch.rand((), generator=generator) * most * torch.randn(L, A, generator=generator)
-    drift = [noise[0]]
-    for e in noise[1:]:
-        drift.append(memory * drift[-1] + math.sqrt(1 - memory ** 2) * e)
-    return torch.stack(drift)
-
-
-def rollout(cfg, env, policy, seed, sample=False, drift=0.0):
+def rollout(cfg, env, policy, seed, sample=False):
     """One episode -> dict of image, action, reward, terminal as on disk, and success (at any step).
 
     `sample`: latents and actions are drawn, from a generator of the episode's own; else the means act.
-    `drift`: the largest deviation of the `slow_drift` then added to the actions.
     """
     own = int(np.random.SeedSequence(seed).generate_state(1)[0])
     generator = torch.Generator().manual_seed(own) if sample else None
-    drifts = slow_drift(generator, cfg.episode_steps, env.action_size, drift) if drift else None
     image, carried = env.reset(seed), None
     episode = {"image": [image], "action": [], "reward": [], "terminal": False, "success": False}
-    for t in range(cfg.episode_steps):
-        a, carried = policy.act(image, carried, generator, drifts[t] if drift else 0.0)
+    for _ in range(cfg.episode_steps):
+        a, carried = policy.act(image, carried, generator)
         image, reward, episode["terminal"], over, success = env.step(a)
         episode["image"].append(image), episode["action"].append(a), episode["reward"].append(reward)
         episode["success"] |= success
@@ -1851,16 +1829,16 @@ class Players:
             for _ in range(cfg.workers):                             # start them now: it takes seconds
                 self.pool.submit(os.getpid)
 
-    def play(self, policy, seeds, sample, drift=0.0):
+    def play(self, policy, seeds, sample):
         """Begin a `rollout` per seed with the policy's present weights; returns their results, lazily.
 
         Without processes they are played when asked for: the policy must not change before that.
         """
         if self.pool is None:
-            return (rollout(self.cfg, self.env, policy, seed, sample, drift) for seed in seeds)
+            return (rollout(self.cfg, self.env, policy, seed, sample) for seed in seeds)
         weights = {name: value.cpu().numpy().copy() for name, value in policy.state_dict().items()}
         with self.alive():
-            futures = [self.pool.submit(play_here, weights, seed, sample, drift) for seed in seeds]
+            futures = [self.pool.submit(play_here, weights, seed, sample) for seed in seeds]
         return (self.result(future) for future in futures)
 
     def each(self, function, items):
@@ -1911,9 +1889,9 @@ def become_a_player(cfg):
     player.update(cfg=cfg, env=env, policy=agent.acting)
 
 
-def play_here(weights, *how):
+def play_here(weights, seed, sample):
     player["policy"].load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
-    return rollout(player["cfg"], player["env"], player["policy"], *how)
+    return rollout(player["cfg"], player["env"], player["policy"], seed, sample)
 
 
 def call_here(function, item):
@@ -1930,8 +1908,7 @@ def collect_online(run):
     cfg, state, started, index = run.cfg, run.state, time.perf_counter(), run.state["episodes"]
 
     def begin(index):
-        seeds = [episode_seed(cfg, "online", index)]
-        run.playing = run.players.play(run.player, seeds, sample=True, drift=cfg.drift)
+        run.playing = run.players.play(run.player, [episode_seed(cfg, "online", index)], sample=True)
     if not (cfg.lag and index):                                      # else it was chosen U updates ago
         run.player.load_state_dict(run.agent.acting.state_dict())
     if run.playing is None:
@@ -2695,7 +2672,7 @@ def reuse_memory():
 
 AT_LEAST = {0: ("seed", "workers", "demo_noise", "demo_tail", "free_nats", "kl_scale", "reward_scale",
                 "repr_weight", "alpha", "beta", "eta", "real_weight", "value_weight", "offline_updates",
-                "online_episodes", "shift", "temperature", "cql_weight", "drift"),
+                "online_episodes", "shift", "temperature", "cql_weight"),
             1: ("action_repeat", "supersample", "episode_steps", "demos", "batch", "channels", "deter",
                 "stoch", "hidden", "ensemble", "horizon", "updates_per_episode", "eval_every",
                 "eval_episodes", "final_episodes", "log_every", "save_every", "frames"),

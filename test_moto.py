@@ -626,28 +626,6 @@ def test_evaluations_act_by_means_and_with_eval_sample_as_collection_does(agent)
     np.testing.assert_array_equal(means[0][0], agent.acting.act(image)[0])
 
 
-def test_the_drift_is_slow_and_as_large_as_it_says():
-    generator = torch.Generator().manual_seed(0)
-    drifts = torch.stack([moto.slow_drift(generator, 300, 4, 0.2) for _ in range(200)])
-    deviations = drifts.square().mean((1, 2)).sqrt()
-    assert 0.09 < deviations.mean() < 0.11 and deviations.max() < 0.3 and deviations.min() < 0.02   # uniform in [0, 0.2]
-    correlation = lambda lag: float((drifts[:, lag:] * drifts[:, :-lag]).mean() / drifts.square().mean())
-    assert abs(correlation(1) - 0.95) < 0.01 and abs(correlation(20) - 0.95 ** 20) < 0.06
-
-
-def test_online_episodes_drift_and_evaluations_do_not(agent):
-    """The drift is executed, remembered as the action that was taken, and recorded; with none of it nothing changes."""
-    cfg, push = agent.cfg, torch.tensor([0.5, -2.0])
-    image = np.zeros((16, 16, 3), np.uint8)
-    (plain, _), (pushed, (_, _, remembered)) = agent.acting.act(image), agent.acting.act(image, drift=push)
-    np.testing.assert_allclose(pushed, np.clip(plain + push.numpy(), -1, 1), atol=1e-6)
-    np.testing.assert_array_equal(remembered[0].numpy(), pushed)
-    played = {drift: np.array(moto.rollout(cfg, Echo(False), agent.acting, [0, 1, 0], True, drift)["action"]) for drift in (0.0, 0.5)}
-    assert np.abs(played[0.5] - played[0.0]).max() > 0.05
-    scores = [moto.evaluate(dataclasses.replace(cfg, drift=drift), moto.Players(cfg, Echo(False)), agent, 1)[1][0]["action"] for drift in (0.0, 0.5)]
-    np.testing.assert_array_equal(*scores)
-
-
 @pytest.mark.parametrize("ends", [True, False])
 def test_what_an_evaluation_returned_is_comparable_with_what_the_critics_promised(agent, ends):
     """Up to a time limit, and as if the last reward went on for ever: after a terminal there is nothing."""
