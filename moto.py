@@ -2630,7 +2630,7 @@ def build_config(**given):
 @functools.cache
 def bfloat16_pays():
     """Whether this processor multiplies matrices clearly faster in bfloat16 than in float32, by a trial of a
-    tenth of a second: some have the instructions and are slower with them."""
+    fifth of a second: some have the instructions and are slower with them."""
     squares = [torch.ones(512, 512).to(kind) for kind in (torch.bfloat16, torch.float32)]
     calls = {n: (lambda m: lambda: m @ m)(m) for n, m in enumerate(squares)}
     medians(calls, 2, "cpu")
