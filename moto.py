@@ -131,6 +131,7 @@ class Config:
     eval_episodes: int = opt(10, "episodes of each evaluation on the way")
     eval_sample: bool = opt(False, "evaluations sample, as online episodes do; off: means act")
     final_episodes: int = opt(50, "fresh episodes behind offline_success and final_success")
+    explore: float = opt(1.0, "sampled episodes: the policy's deviation is multiplied by this")
     lag: int = opt(1, "1: an episode is played while the U updates before it run; 0: after them [paper: 0]")
     log_every: int = opt(25, "updates per line of metrics.jsonl")
     save_every: int = opt(250, "updates between checkpoints")
@@ -151,7 +152,7 @@ HARD = dict(episode_steps=200, repr_weight=30.0, offline_updates=2000, online_ep
 
 def kitchens(**budget):
     """Franka Kitchen's two tasks: one protocol at any scale, and a budget."""
-    protocol = dict(action_repeat=1, episode_steps=280, success_reward=4.0, demos=100)
+    protocol = dict(action_repeat=1, episode_steps=280, success_reward=4.0, demos=100, explore=0.25)
     return dict.fromkeys(("kitchen-partial", "kitchen-mixed"), protocol | budget)
 
 
@@ -717,7 +718,8 @@ class Policy(nn.Module):
     def act(self, image, state=None, generator=None):
         """One step of acting: uint8 image (P, P, 3), carried state (None at a reset) -> a (A,), next state.
 
-        With a generator, latents and action are sampled; without, they are the means.
+        With a generator, latents and action are sampled, the action with its deviation times cfg.explore;
+        without, they are the means.
         """
         device, model = self.updates.device, self.model
 
@@ -728,7 +730,7 @@ class Policy(nn.Module):
         h, z, a = state or (*model.initial(1, device), torch.zeros(1, model.action_size, device=device))
         h, z, *_ = model.filter_step(h, z, a, model.encoder(x), noise(z.shape[1]))
         policy = self.actor(torch.cat([h, z], -1))
-        a = policy.mode if generator is None else policy.rsample(noise(a.shape[1]))[0]
+        a = policy.mode if generator is None else policy.rsample(self.actor.cfg.explore * noise(a.shape[1]))[0]
         return a[0].cpu().numpy(), (h, z, a)
 
 
@@ -940,7 +942,8 @@ class StackPolicy(Policy):
         policy = self.actor(self.model(torch.cat(frames, 1)))
         a = policy.mode
         if generator is not None:
-            a = policy.rsample(torch.randn(a.shape, generator=generator).to(a.device))[0]
+            noise = torch.randn(a.shape, generator=generator).to(a.device)
+            a = policy.rsample(self.actor.cfg.explore * noise)[0]
         return a[0].cpu().numpy(), frames
 
 
@@ -2672,7 +2675,7 @@ def reuse_memory():
 
 AT_LEAST = {0: ("seed", "workers", "demo_noise", "demo_tail", "free_nats", "kl_scale", "reward_scale",
                 "repr_weight", "alpha", "beta", "eta", "real_weight", "value_weight", "offline_updates",
-                "online_episodes", "shift", "temperature", "cql_weight"),
+                "online_episodes", "shift", "temperature", "cql_weight", "explore"),
             1: ("action_repeat", "supersample", "episode_steps", "demos", "batch", "channels", "deter",
                 "stoch", "hidden", "ensemble", "horizon", "updates_per_episode", "eval_every",
                 "eval_episodes", "final_episodes", "log_every", "save_every", "frames"),

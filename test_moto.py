@@ -626,6 +626,21 @@ def test_evaluations_act_by_means_and_with_eval_sample_as_collection_does(agent)
     np.testing.assert_array_equal(means[0][0], agent.acting.act(image)[0])
 
 
+@pytest.mark.parametrize("variant", ["moto", "bc"])
+def test_explore_scales_the_deviation_of_sampled_actions_and_nothing_else(variant):
+    """With the same noise, the action's distance from the mean, before the tanh, is in proportion; the latent is sampled as ever."""
+    image = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+
+    def act(share):
+        acting = moto.make_learner(tiny(variant=variant, explore=share), 2, False, "cpu").acting
+        a, state = acting.act(image, generator=torch.Generator().manual_seed(7))
+        return np.arctanh(a.astype(float)), state[1 if variant == "moto" else 0]
+    (none, z), (half, z_half), (whole, z_whole) = act(0.0), act(0.5), act(1.0)
+    np.testing.assert_allclose(half - none, (whole - none) / 2, atol=1e-4)
+    assert np.abs(whole - none).min() > 0.01
+    assert torch.equal(z, z_half) and torch.equal(z, z_whole)
+
+
 @pytest.mark.parametrize("ends", [True, False])
 def test_what_an_evaluation_returned_is_comparable_with_what_the_critics_promised(agent, ends):
     """Up to a time limit, and as if the last reward went on for ever: after a terminal there is nothing."""
