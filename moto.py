@@ -613,8 +613,8 @@ def actor_loss(V0, behaviour, logp, weight, cfg):
     penalty and critic, not through a score function. (1 - gamma) puts the value on the scale of one step's
     reward, so that beta means the same at any discount. Measured on Meta-World agents trained with a KL weight
     of 0.1: the behaviour term's gradient is 17 to 22 times the value's at beta = 1, but it only holds where
-    there is data; with that model the value still moved the policy to worse places. Sources: Dreamer, TD3+BC,
-    SAC.
+    there is data; with that model the value still moved the policy to worse places. (With a KL weight of 1,
+    on coffee-push, 41 times: it grows as the policy's deviation shrinks.) Sources: Dreamer, TD3+BC, SAC.
     """
     value = weighted_mean(V0, weight) * (1 - cfg.gamma)
     return -cfg.value_weight * value + cfg.beta * behaviour + cfg.eta * logp.mean()
