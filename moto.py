@@ -730,7 +730,9 @@ class Policy(nn.Module):
         h, z, a = state or (*model.initial(1, device), torch.zeros(1, model.action_size, device=device))
         h, z, *_ = model.filter_step(h, z, a, model.encoder(x), noise(z.shape[1]))
         policy = self.actor(torch.cat([h, z], -1))
-        a = policy.mode if generator is None else policy.rsample(self.actor.cfg.explore * noise(a.shape[1]))[0]
+        a = policy.mode
+        if generator is not None:
+            a = policy.rsample(self.actor.cfg.explore * noise(a.shape[1]))[0]
         return a[0].cpu().numpy(), (h, z, a)
 
 
@@ -1546,7 +1548,8 @@ def signals_wait():
 
 
 MAY_CHANGE = {"logdir", "device", "cache", "data", "online_episodes", "eval_every", "eval_episodes",
-              "final_episodes", "save_every", "log_every", "compile", "precision", "workers"}   # on resuming
+              "final_episodes", "save_every", "log_every", "compile", "precision", "workers",
+              "explore"}                                                                        # on resuming
 
 
 def differences(then, cfg):
