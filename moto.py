@@ -1548,8 +1548,7 @@ def signals_wait():
 
 
 MAY_CHANGE = {"logdir", "device", "cache", "data", "online_episodes", "eval_every", "eval_episodes",
-              "final_episodes", "save_every", "log_every", "compile", "precision", "workers",
-              "explore"}                                                                        # on resuming
+              "final_episodes", "save_every", "log_every", "compile", "precision", "workers"}   # on resuming
 
 
 def differences(then, cfg):
@@ -2812,8 +2811,8 @@ def open_run(logdir):
     """The run in a folder that has a config and a checkpoint, on this machine. Raises Trouble."""
     try:
         config = json.loads((Path(logdir) / "config.json").read_text())["config"]
-        known = {f.name for f in dataclasses.fields(Config)}
-        same = {name: value for name, value in config.items() if name in known}
+        before = dataclasses.asdict(Config())                        # a field that was not there then
+        same = before | {name: value for name, value in config.items() if name in before}
         cfg = build_config(**same | {"logdir": str(logdir), "device": "auto",
                                       "workers": min(config["workers"], cores())})
     except (OSError, ValueError, KeyError, TypeError) as error:

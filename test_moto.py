@@ -641,6 +641,14 @@ def test_explore_scales_the_deviation_of_sampled_actions_and_nothing_else(varian
     assert torch.equal(z, z_half) and torch.equal(z, z_whole)
 
 
+@pytest.mark.parametrize("name", ["drawer-open", "kitchen-partial"])
+def test_a_published_agent_opens_with_the_settings_it_was_made_with(name, monkeypatch):
+    """Also one that is older than a field which its task's preset now sets."""
+    monkeypatch.setattr(moto, "Run", lambda cfg, fresh_ok: cfg)
+    config = torch.load(HERE / "results" / name / "checkpoint.pt", map_location="cpu", weights_only=True)["config"]
+    assert moto.differences(config, moto.open_run(HERE / "results" / name)) == []
+
+
 @pytest.mark.parametrize("ends", [True, False])
 def test_what_an_evaluation_returned_is_comparable_with_what_the_critics_promised(agent, ends):
     """Up to a time limit, and as if the last reward went on for ever: after a terminal there is nothing."""
