@@ -157,8 +157,9 @@ def kitchens(**budget):
 
 
 TASKS = {                                        # by preset: what a task needs beyond it
-    "laptop": {"assembly": HARD, "bin-picking": HARD | dict(eval_sample=True), "box-close": HARD,
-               "coffee-push": HARD, "disassemble": HARD,
+    "laptop": {"assembly": HARD, "box-close": HARD, "coffee-push": HARD, "disassemble": HARD,
+               "bin-picking": HARD | dict(online_episodes=100, updates_per_episode=30, eval_every=1000,
+                                          eval_sample=True),
                "hammer": HARD | dict(repr_weight=10.0, offline_updates=1000)}
     | kitchens(offline_updates=6000, online_episodes=100, updates_per_episode=40, eval_every=1000,
                eval_episodes=10, final_episodes=20),
