@@ -1552,10 +1552,14 @@ MAY_CHANGE = {"logdir", "device", "cache", "data", "online_episodes", "eval_ever
               "final_episodes", "save_every", "log_every", "compile", "precision", "workers"}   # on resuming
 
 
+def recorded(config):
+    """A saved config (a dict) in today's fields: one that was not there then had, in effect, its default."""
+    return {name: config.get(name, default) for name, default in dataclasses.asdict(Config()).items()}
+
+
 def differences(then, cfg):
-    """What differs between a saved config (a dict) and this one, beyond what may. A field that was not there
-    then had, in effect, its default."""
-    then = dataclasses.asdict(Config()) | then
+    """What differs between a saved config (a dict) and this one, beyond what may."""
+    then = recorded(then)
     return [f"{name} ({then[name]!r} there, {value!r} now)" for name, value in dataclasses.asdict(cfg).items()
             if value != then[name] and name not in MAY_CHANGE]
 
@@ -2812,10 +2816,8 @@ def open_run(logdir):
     """The run in a folder that has a config and a checkpoint, on this machine. Raises Trouble."""
     try:
         config = json.loads((Path(logdir) / "config.json").read_text())["config"]
-        before = dataclasses.asdict(Config())                        # a field that was not there then
-        same = before | {name: value for name, value in config.items() if name in before}
-        cfg = build_config(**same | {"logdir": str(logdir), "device": "auto",
-                                      "workers": min(config["workers"], cores())})
+        cfg = build_config(**recorded(config) | {"logdir": str(logdir), "device": "auto",
+                                                "workers": min(config["workers"], cores())})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Trouble(f"{logdir} is no run folder ({error}); --evaluate takes a run's --logdir") from None
     return Run(cfg, fresh_ok=False)
