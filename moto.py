@@ -1534,11 +1534,13 @@ def exit_if_asked():
 
 @contextlib.contextmanager
 def signals_wait():
-    """Inside, Ctrl-C and SIGTERM wait for the next step boundary; a second one does not."""
+    """Inside, Ctrl-C and SIGTERM wait for the next step boundary (minutes, while torch.compile is at work); a
+    second one does not."""
     def note(number, frame):
         if asked["signal"]:
             raise KeyboardInterrupt
         asked["signal"] = number
+        os.write(2, b"\nmoto: stopping after this step; Ctrl-C again: at once\n")      # print is not safe here
     asked["signal"] = None
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -2877,6 +2879,7 @@ def main(argv=None):
                 evaluate_run(commands["evaluate"], commands.get("episodes"))
             else:
                 train(cfg)
+            sys.stdout.flush()
         except Trouble as trouble:
             print(f"moto: {trouble}", file=sys.stderr)
             return 2
@@ -2884,6 +2887,8 @@ def main(argv=None):
             how = "and saved" if isinstance(stop, Stopped) else "at once, the last checkpoint stands"
             print(f"moto: stopped {how}; repeat the command to continue", file=sys.stderr)
             return 128 + (asked["signal"] or signal.SIGINT)
+        except BrokenPipeError:                                        # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

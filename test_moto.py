@@ -2,7 +2,7 @@
 
     python -m pytest -q test_moto.py
 """
-import copy, dataclasses, importlib.util, inspect, json, math, os, re, signal, socket, subprocess, sys
+import copy, dataclasses, importlib.util, inspect, json, math, os, re, shutil, signal, socket, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -1203,6 +1203,16 @@ def test_a_sweep_through_submitit(dots, tmp_path, capsys):
     argv = [*sweep_flags(dots, tmp_path, online_episodes=1), "--tasks", "gym:NoSuch-v0", DOT, "--variants", "bc", "--jobs", "2", "--executor", "local"]
     assert moto.main([str(word) for word in argv]) == 2
     assert list(finish_times(tmp_path)) == ["gym-test_moto-test-Dot-v0-bc-seed0"] and "NoSuch" in capsys.readouterr().err
+
+
+def test_a_reader_that_stops_reading_is_no_error(tmp_path):
+    """As in `python moto.py --plot results/*-seed* | head -3`."""
+    shutil.copytree(HERE / "results/drawer-open-bc-seed3", tmp_path / "drawer-open-bc-seed3")
+    process = subprocess.Popen([sys.executable, HERE / "moto.py", "--plot", tmp_path / "drawer-open-bc-seed3"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": ""})
+    process.stdout.close()                                           # before it has written anything
+    errors = process.stderr.read()
+    assert process.wait() == 0 and "Error" not in errors
 
 
 def test_two_processes_do_not_train_in_one_folder(dots, tmp_path, capsys):
