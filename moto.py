@@ -101,6 +101,8 @@ class Config:
     reward_head: str = opt("auto", "p(r|s): bernoulli (r is 0 or 1), normal, auto: bernoulli on Meta-World")
     repr_weight: float = opt(10.0, "weight of the behaviour gradient into encoder and RSSM (DEPARTURE)")
     forget: float = opt(0.25, "share of steps before which the behaviour term's memory is wiped (DEPARTURE)")
+    latent_noise: float = opt(1.0, "noise of the latents that the behaviour term sees, and sampling episodes: "
+                                   "1 the posterior's, 0 its means (DEPARTURE)")
     # Value expansion, critic, actor
     horizon: int = opt(5, "H, imagined steps [LOMPO: 5]")
     gamma: float = opt(0.98, "discount")
@@ -108,6 +110,8 @@ class Config:
     alpha: float = opt(1.0, "penalty, Eq 7: reward lost where u exceeds its mean on the data by once that")
     beta: float = opt(1.0, "weight of the behaviour term, Eq 14")
     eta: float = opt(1e-4, "weight of the entropy term, Eq 14")
+    pixel_prior: bool = opt(False, "a behaviour prior of its own, on stacked images (--frames), says what to do in "
+                                   "online states, too; off: the behaviour term knows the data alone")
     min_std: float = opt(0.05, "smallest deviation of the policy, before the tanh [DreamerV2: 0.1]")
     imitate_success: bool = opt(True, "quick online successes join the offline data (DEPARTURE)")
     real_weight: float = opt(1.0, "weight of real transitions, Eq 11; 0: critics learn in imagination alone")
@@ -119,7 +123,7 @@ class Config:
     critic_lr: float = opt(1e-3, "learning rate of the critics [LOMPO: 3e-4]")
     grad_clip: float = opt(100.0, "largest norm of each optimiser's gradient")
     # The model-free baselines
-    frames: int = opt(3, "images stacked [paper: 3]")
+    frames: int = opt(3, "images stacked, in the baselines [paper: 3] and the behaviour prior")
     expectile: float = opt(0.5, "IQL: expectile of V [paper: 0.5]")
     temperature: float = opt(3.0, "IQL: sharpness of the advantage's weight [paper: 3]")
     cql_weight: float = opt(5.0, "CQL: weight of the conservative term [paper: 5]; 0 is SAC")
@@ -389,13 +393,14 @@ class WorldModel(nn.Module):
         """The encoder on whole sequences: x (B, T, 3, P, P) -> embed (B, T, E)."""
         return self.encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]).float()
 
-    def filter(self, embed, a, first):
+    def filter(self, embed, a, first, scale=1.0):
         """Eq 1 along sequences: embed (B, T, E), a (B, T, A), first (B, T) -> h, z, mean, std (B, T, .).
 
         Where `first` is set a new episode begins inside the sequence: state and action are forgotten there.
+        z is drawn with the posterior's deviation times `scale`; at 0 it is the mean, and h follows from means.
         """
         B, T = a.shape[:2]
-        noise = torch.randn(B, T, self.cfg.stoch, device=a.device)
+        noise = scale * torch.randn(B, T, self.cfg.stoch, device=a.device)
         keep = (~first).float().unsqueeze(-1)
         (h, z), steps = self.initial(B, a.device), []
         with torch.autocast(a.device.type, enabled=False):           # B rows are too few for bfloat16 to pay
@@ -719,21 +724,21 @@ class Policy(nn.Module):
     def act(self, image, state=None, generator=None):
         """One step of acting: uint8 image (P, P, 3), carried state (None at a reset) -> a (A,), next state.
 
-        With a generator, latents and action are sampled, the action with its deviation times cfg.explore;
-        without, they are the means.
+        With a generator, latents and action are sampled, their deviations multiplied by cfg.latent_noise and
+        cfg.explore; without, they are the means.
         """
-        device, model = self.updates.device, self.model
+        device, model, cfg = self.updates.device, self.model, self.actor.cfg
 
         def noise(n):
             sampled = torch.zeros(1, n) if generator is None else torch.randn(1, n, generator=generator)
             return sampled.to(device)
         x = to_image(torch.as_tensor(image, device=device))[None]
         h, z, a = state or (*model.initial(1, device), torch.zeros(1, model.action_size, device=device))
-        h, z, *_ = model.filter_step(h, z, a, model.encoder(x), noise(z.shape[1]))
+        h, z, *_ = model.filter_step(h, z, a, model.encoder(x), cfg.latent_noise * noise(z.shape[1]))
         policy = self.actor(torch.cat([h, z], -1))
         a = policy.mode
         if generator is not None:
-            a = policy.rsample(self.actor.cfg.explore * noise(a.shape[1]))[0]
+            a = policy.rsample(cfg.explore * noise(a.shape[1]))[0]
         return a[0].cpu().numpy(), (h, z, a)
 
 
@@ -764,11 +769,22 @@ class Learner:
 
     def arrive(self, batch):
         """A sampled batch on the device, with two weights (B, T-1): `leaves`, one where a_{t+1} leaves s_t,
-        and `imitated`, where it does and belongs to the offline data."""
+        and `imitated`, where it does and the behaviour term wants `imitate` (B, T, A) there: the offline
+        actions."""
         batch = {name: torch.as_tensor(value).to(self.device) for name, value in batch.items()}
         batch["leaves"] = (~batch["first"][:, 1:]).float()
         batch["imitated"] = batch["leaves"] * batch["offline"][:, 1:]
+        batch["imitate"] = batch["a"].clone()
         return batch
+
+    def see(self, encoder, batch, shift):
+        """A StackEncoder on a batch, each stack shifted by itself -> feat (B, T', F), batch of (B, T', ...)
+        without its images: the first steps, which have no whole stack, are left out."""
+        x = stacked(batch["image"], batch["first"], self.cfg.frames)
+        batch = {name: value[:, self.cfg.frames - 1:] for name, value in batch.items() if name != "image"}
+        with self.autocast():
+            x = to_image(random_shift(x.flatten(0, 1), shift), plain=not self.cfg.compile)
+            return encoder(x).float().unflatten(0, batch["a"].shape[:2]), batch
 
     def step(self, loss, *names):
         """One optimiser step on `loss` for each of the named modules. Returns their gradients' norms.
@@ -828,9 +844,13 @@ class Agent(Learner):
         super().__init__(cfg, device)
         model = WorldModel(cfg, action_size, terminates)
         actor, critic = Actor(cfg, action_size), Critic(cfg, action_size)
-        self.prepare({"model": cfg.model_lr, "actor": cfg.actor_lr, "critic": cfg.critic_lr},
-                     model=model, actor=actor, critic=critic, acting=Policy(model, actor),
-                     target=copy.deepcopy(critic).requires_grad_(False))
+        rates, prior = {"model": cfg.model_lr, "actor": cfg.actor_lr, "critic": cfg.critic_lr}, {}
+        if cfg.pixel_prior:
+            prior = {"prior_encoder": StackEncoder(cfg), "prior_actor": Actor(cfg, action_size)}
+            rates |= dict.fromkeys(prior, cfg.actor_lr)
+            prior["prior"] = StackPolicy(*prior.values())
+        self.prepare(rates, model=model, actor=actor, critic=critic, acting=Policy(model, actor),
+                     target=copy.deepcopy(critic).requires_grad_(False), **prior)
         if compiled:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
             self.model_terms = torch.compile(self.model_terms, mode=mode)
@@ -842,10 +862,11 @@ class Agent(Learner):
         """
         torch.compiler.cudagraph_mark_step_begin()                 # CUDA graphs reuse their memory from here
         batch = self.arrive(batch)
+        priors = self.learn_prior(batch) if self.cfg.pixel_prior else {}
         batch["image"] = random_shift(batch["image"], self.cfg.shift)         # a sequence moves as one
         with frozen(self.actor), self.autocast():
             loss, metrics, feat, brief = self.model_terms(batch)
-        metrics = metrics | self.step(loss, "model")
+        metrics = priors | metrics | self.step(loss, "model")
         u, typical = metrics["model/disagreement"], self.model.typical_u
         typical.copy_(torch.where(typical == 0, u, torch.lerp(typical, u, 0.01)))
 
@@ -857,21 +878,49 @@ class Agent(Learner):
         self.acting.follow(self.model, self.actor, self.cfg.acting_rate)
         return as_numbers(metrics)
 
+    def learn_prior(self, batch):
+        """Eq 13 on pixels: a step of the behaviour prior b(a | x_{t-2}, x_{t-1}, x_t) on the offline actions,
+        and, in `batch`, its word on the others -> metrics.
+
+        In states that are not offline data the behaviour term imitates an action drawn from b. So the policy
+        stays near the behaviour prior wherever the agent gets, and its latents learn from many more places
+        than the demonstrations show what b, which sees images, can tell from those few. Source: Ross et al.
+        2011 (DAgger): the student is told what to do in states of its own.
+        """
+        offline, back = batch["offline"].all(1), self.cfg.frames - 1
+        feat, seen = self.see(self.prior_encoder, {k: v[offline] for k, v in batch.items()}, self.cfg.shift)
+        loss = behaviour_loss(self.prior_actor, feat, seen["a"], seen["imitated"])
+        metrics = {"prior/behaviour_nll": loss.detach()} | self.step(loss, "prior_encoder", "prior_actor")
+        self.prior.follow(self.prior_encoder, self.prior_actor, self.cfg.acting_rate)
+        if not offline.all():
+            with torch.no_grad():
+                feat, seen = self.see(self.prior.model, {k: v[~offline] for k, v in batch.items()}, 0)
+                b = self.prior.actor(feat[:, :-1])
+                seen["a"][:, 1:] = b.rsample(torch.randn_like(b.mean))[0]
+            for name, value in (("imitate", seen["a"]), ("imitated", seen["leaves"])):
+                rows = batch[name][~offline]
+                rows[:, back:] = value
+                batch[name][~offline] = rows
+        return metrics
+
     def model_terms(self, batch):
         """Eq 4, and the behaviour term's share in shaping the representation -> loss, metrics, feat, brief.
 
         DEPARTURE: the behaviour term sees states of `brief` memory, filtered once more with the past wiped at
         random (`forget`). A policy that remembers what it did learns to go on doing it instead of looking:
         better on held-out demonstrations, worse when it acts. Source: de Haan et al. 2019, causal confusion.
+        DEPARTURE, too, where cfg.latent_noise is 0: these states are means. A regression on noisy inputs is
+        flatter than the truth, and a hand that is steered by it reaches too short. Source: Fuller 1987,
+        measurement error models.
         """
         cfg, batch = self.cfg, batch | {"x": to_image(batch["image"], plain=not self.cfg.compile)}
         loss, metrics, feat, embed = model_loss(self.model, batch)
         brief = feat
-        if cfg.forget:
-            wiped = torch.rand(batch["first"].shape, device=feat.device) < cfg.forget
-            brief = torch.cat(self.model.filter(embed, batch["a"], batch["first"] | wiped)[:2], -1)
+        if cfg.forget or cfg.latent_noise != 1:
+            wiped = batch["first"] | (torch.rand(batch["first"].shape, device=feat.device) < cfg.forget)
+            brief = torch.cat(self.model.filter(embed, batch["a"], wiped, cfg.latent_noise)[:2], -1)
         if cfg.repr_weight:
-            shaping = behaviour_loss(self.actor, brief, batch["a"], batch["imitated"])
+            shaping = behaviour_loss(self.actor, brief, batch["imitate"], batch["imitated"])
             loss = loss + cfg.repr_weight * shaping
         return loss, metrics, feat.float(), brief.float()
 
@@ -883,7 +932,7 @@ class Agent(Learner):
         backward pass serves both.
         """
         cfg, model = self.cfg, self.model
-        behaviour = behaviour_loss(self.actor, brief, batch["a"], batch["imitated"])
+        behaviour = behaviour_loss(self.actor, brief, batch["imitate"], batch["imitated"])
         if not cfg.value_weight:
             return behaviour, {"actor/behaviour_nll": behaviour.detach()}
         start = feat.flatten(0, 1)
@@ -934,8 +983,19 @@ def stacked(image, first, frames):
     return torch.cat(views, -1)
 
 
+class StackEncoder(nn.Sequential):
+    """Stacked images (N, 3 * frames, P, P) -> feature (N, F), the input of the Actor and Critic that MOTO has;
+    layer norm and tanh keep it bounded, as in DrQ."""
+
+    def __init__(self, cfg):
+        width = cfg.deter + cfg.stoch
+        super().__init__(Encoder(cfg, cfg.frames), nn.SiLU(), nn.Linear(cfg.hidden, width),
+                         nn.LayerNorm(width), nn.Tanh())
+
+
 class StackPolicy(Policy):
-    """What acts in the baselines: the encoder of the latest frames (`model`) and the actor."""
+    """What acts in the baselines: the encoder of the latest frames (`model`) and the actor. MOTO's behaviour
+    prior is one, too."""
 
     @torch.no_grad()
     def act(self, image, state=None, generator=None):
@@ -951,19 +1011,13 @@ class StackPolicy(Policy):
 
 
 class BC(Learner):
-    """Behaviour cloning from stacked frames: Eq 13 alone. The trunk of the baselines with critics, below.
-
-    Encoder -> feature (F), the input of the same Actor and Critic that MOTO has; layer norm and tanh keep it
-    bounded, as in DrQ. What trains the encoder is said by each class.
-    """
+    """Behaviour cloning from stacked frames: Eq 13 alone. The trunk of the baselines with critics, below:
+    StackEncoder and Actor. What trains the encoder is said by each class."""
     promise, trunk = None, "encoder"
 
     def __init__(self, cfg, action_size, terminates, device, compiled=False):
         super().__init__(cfg, device)
-        width = cfg.deter + cfg.stoch
-        encoder = nn.Sequential(Encoder(cfg, cfg.frames), nn.SiLU(), nn.Linear(cfg.hidden, width),
-                                nn.LayerNorm(width), nn.Tanh())
-        actor = Actor(cfg, action_size)
+        encoder, actor = StackEncoder(cfg), Actor(cfg, action_size)
         self.prepare(self.rates(cfg), encoder=encoder, actor=actor, acting=StackPolicy(encoder, actor),
                      **self.more(cfg, action_size))
 
@@ -977,13 +1031,8 @@ class BC(Learner):
 
     def update(self, batch):
         """One step of everything; as Agent.update."""
-        batch = self.arrive(batch)
-        back = self.cfg.frames - 1                                   # the first steps have no whole stack
-        x = stacked(batch.pop("image"), batch["first"], self.cfg.frames)
-        batch = {name: value[:, back:] for name, value in batch.items()}
+        feat, batch = self.see(self.encoder, self.arrive(batch), self.cfg.shift)
         with self.autocast():
-            x = to_image(random_shift(x.flatten(0, 1), self.cfg.shift), plain=not self.cfg.compile)
-            feat = self.encoder(x).float().unflatten(0, batch["a"].shape[:2])
             loss, metrics = self.losses(feat, batch)
         metrics |= self.step(loss, *self.optimisers)
         self.acting.follow(self.encoder, self.actor, self.cfg.acting_rate)
@@ -2684,7 +2733,7 @@ def reuse_memory():
 
 AT_LEAST = {0: ("seed", "workers", "demo_noise", "demo_tail", "free_nats", "kl_scale", "reward_scale",
                 "repr_weight", "alpha", "beta", "eta", "real_weight", "value_weight", "offline_updates",
-                "online_episodes", "shift", "temperature", "cql_weight", "explore"),
+                "online_episodes", "shift", "temperature", "cql_weight", "explore", "latent_noise"),
             1: ("action_repeat", "supersample", "episode_steps", "demos", "batch", "channels", "deter",
                 "stoch", "hidden", "ensemble", "horizon", "updates_per_episode", "eval_every",
                 "eval_episodes", "final_episodes", "log_every", "save_every", "frames"),

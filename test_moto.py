@@ -811,6 +811,60 @@ def test_the_behaviour_term_forgets_and_the_model_does_not():
     assert 0 < (half == 0).all(-1).float().mean() < 1
 
 
+def test_the_pixel_prior_says_what_to_imitate_in_states_that_are_not_offline_data():
+    """Offline rows keep the recorded actions; the others get the averaged prior's, where their stack of images is whole and a_{t+1}
+    leaves s_t. The prior learns from the offline rows alone, and nothing else moves it."""
+    cfg = tiny(pixel_prior=True, min_std=1e-4)
+    agent = moto.Agent(cfg, 2, True, "cpu")
+    for policy in (agent.prior_actor, agent.prior.actor):
+        with torch.no_grad():
+            policy.net[-1].bias[2:] = -50.0                          # so sure that a sample is the mean
+    batch = batch_of(cfg, B=4, T=7) | {"offline": torch.tensor([True, False, True, False])[:, None].expand(4, 7).clone()}
+    batch["first"][1, 4] = True
+    arrived = agent.arrive(batch)
+    agent.learn_prior(arrived)
+    assert torch.equal(arrived["imitate"][[0, 2]], batch["a"][[0, 2]]) and arrived["imitated"][[0, 2]].all()
+    assert arrived["imitated"][[1, 3]].tolist() == [[0, 0, 1, 0, 1, 1], [0, 0, 1, 1, 1, 1]]
+    frames = [batch["image"][3, t] for t in (2, 3, 4)]               # what b saw before it said a_5
+    b = agent.prior.actor(agent.prior.model(moto.to_image(torch.cat(frames, -1))[None]))
+    torch.testing.assert_close(arrived["imitate"][3, 5], b.mode[0], atol=2e-3, rtol=0)
+    assert not torch.allclose(arrived["imitate"][3, 5], batch["a"][3, 5], atol=1e-2)
+
+    def prior_after(**changed):
+        agent = moto.Agent(cfg, 2, True, "cpu")
+        torch.manual_seed(3)
+        agent.learn_prior(agent.arrive(batch | changed))
+        return torch.cat([p.flatten() for name in ("prior_encoder", "prior_actor") for p in agent.modules[name].parameters()])
+    other = batch["a"].clone()
+    other[[1, 3]] = 0.5
+    assert torch.equal(prior_after(), prior_after(a=other)) and not torch.equal(prior_after(), prior_after(a=-batch["a"]))
+    before = copy.deepcopy(agent.prior.state_dict())
+    with moto.frozen(agent.actor):
+        loss = agent.model_terms(arrived)[0]
+    loss.backward()
+    assert all(p.grad is None for p in agent.prior.parameters())
+    assert all(torch.equal(before[name], value) for name, value in agent.prior.state_dict().items())
+
+
+def test_latent_noise_is_that_of_the_behaviour_terms_states_and_of_sampling_episodes():
+    """At 0 both are the means that act; the model's own states keep the posterior's noise, and so does everything at 1."""
+    image = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+
+    def states(share, forget, seed):
+        """What the behaviour term sees, what the model sees, and what a sampling episode sees."""
+        agent = moto.Agent(tiny(latent_noise=share, forget=forget), 2, True, "cpu")
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            _, _, feat, brief = agent.model_terms(agent.arrive(batch_of(tiny())))
+        return brief, feat, agent.acting.act(image, generator=torch.Generator().manual_seed(seed))[1][1], agent
+    for forget in (0.0, 1.0):
+        (brief, feat, z, agent), (brief_2, feat_2, z_2, _) = states(0.0, forget, 1), states(0.0, forget, 2)
+        assert torch.equal(brief, brief_2) and torch.equal(z, z_2) and torch.equal(z, agent.acting.act(image)[1][1])
+        assert not torch.allclose(feat, feat_2)
+        (brief, feat, z, _), (brief_2, feat_2, z_2, _) = states(1.0, forget, 1), states(1.0, forget, 2)
+        assert not torch.allclose(brief, brief_2) and not torch.allclose(z, z_2) and not torch.allclose(feat, feat_2)
+
+
 def test_the_behaviour_gradient_goes_through_the_states_that_forgot():
     """Where everything is forgotten, the recurrence's weights on h get no gradient from the behaviour term."""
     def gradient(forget):
