@@ -110,8 +110,8 @@ class Config:
     alpha: float = opt(1.0, "penalty, Eq 7: reward lost where u exceeds its mean on the data by once that")
     beta: float = opt(1.0, "weight of the behaviour term, Eq 14")
     eta: float = opt(1e-4, "weight of the entropy term, Eq 14")
-    pixel_prior: bool = opt(False, "a behaviour prior of its own, on stacked images (--frames), says what to do in "
-                                   "online states, too; off: the behaviour term knows the data alone")
+    pixel_prior: bool = opt(False, "a behaviour prior of its own, on --frames stacked images, says what to do "
+                                   "in online states, too; off: the behaviour term knows the data alone")
     min_std: float = opt(0.05, "smallest deviation of the policy, before the tanh [DreamerV2: 0.1]")
     imitate_success: bool = opt(True, "quick online successes join the offline data (DEPARTURE)")
     real_weight: float = opt(1.0, "weight of real transitions, Eq 11; 0: critics learn in imagination alone")
@@ -170,12 +170,13 @@ TASKS = {                                        # by preset: what a task needs 
     "debug": kitchens(demos=2, final_episodes=1),
     "paper": kitchens(offline_updates=10_000, online_episodes=1300),
 }
+NO_BC = dict(beta=0.0, repr_weight=0.0, pixel_prior=False)
 VARIANTS = {
     "moto": {},
     "no-unc": dict(alpha=0.0),
-    "no-bc": dict(beta=0.0, repr_weight=0.0),
-    "no-bc-no-unc": dict(alpha=0.0, beta=0.0, repr_weight=0.0),
-    "dreamerv2": dict(alpha=0.0, beta=0.0, repr_weight=0.0, real_weight=0.0),   # nor real transitions
+    "no-bc": NO_BC,
+    "no-bc-no-unc": NO_BC | dict(alpha=0.0),
+    "dreamerv2": NO_BC | dict(alpha=0.0, real_weight=0.0),                      # nor real transitions
     "bc": dict(online_episodes=0),                                              # these four have no model
     "iql": {},
     "cql": {},

@@ -1030,7 +1030,8 @@ def finished(dots, tmp_path_factory):
     return logdir
 
 
-def test_with_a_lag_the_policy_of_the_block_before_plays_and_a_resumed_run_knows_it(dots, tmp_path, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"pixel_prior": True, "latent_noise": 0.0}])
+def test_with_a_lag_the_policy_of_the_block_before_plays_and_a_resumed_run_knows_it(dots, tmp_path, monkeypatch, changes):
     """lag 1: episode k is played by the weights as they were before the U updates that precede it; also after a stop in between."""
     true_rollout, played = moto.rollout, []
 
@@ -1039,7 +1040,7 @@ def test_with_a_lag_the_policy_of_the_block_before_plays_and_a_resumed_run_knows
             played.append((seed[2], float(policy.updates)))
         return true_rollout(cfg, env, policy, seed, sample)
     monkeypatch.setattr(moto, "rollout", watched)
-    assert run(dots, tmp_path / "whole", lag=1, online_episodes=4) == 0
+    assert run(dots, tmp_path / "whole", lag=1, online_episodes=4, **changes) == 0
     assert played == [(0, 6.0), (1, 6.0), (2, 10.0), (3, 14.0)]                 # 6 offline updates, then 4 per episode
     played.clear()
     true_update = moto.Run.update
@@ -1049,9 +1050,9 @@ def test_with_a_lag_the_policy_of_the_block_before_plays_and_a_resumed_run_knows
             moto.asked["signal"] = signal.SIGTERM
         true_update(self, bar, stage)
     monkeypatch.setattr(moto.Run, "update", stopping)
-    assert run(dots, tmp_path / "halves", lag=1, online_episodes=4) == 128 + signal.SIGTERM
+    assert run(dots, tmp_path / "halves", lag=1, online_episodes=4, **changes) == 128 + signal.SIGTERM
     monkeypatch.setattr(moto.Run, "update", true_update)
-    assert run(dots, tmp_path / "halves", lag=1, online_episodes=4) == 0
+    assert run(dots, tmp_path / "halves", lag=1, online_episodes=4, **changes) == 0
     assert played == [(0, 6.0), (1, 6.0), (2, 10.0), (3, 14.0)]
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "halves")
     assert len(a) == len(b) and all(map(same, a, b))
