@@ -2498,6 +2498,7 @@ def bench_parts(cfg, repeat=10):
     sample = lambda: store.sample(rng, B, T)
     x, batch = to_image(sample()["image"], plain=not cfg.compile).flatten(0, 1), sample()
     batch["leaves"] = batch["imitated"] = torch.ones(B, T - 1, device=device)
+    batch["imitate"] = batch["a"]
     feat = torch.randn(B, T, D + cfg.stoch, device=device)
     start, embed = feat.flatten(0, 1), torch.randn(B, T, cfg.hidden, device=device, requires_grad=True)
     H = cfg.horizon

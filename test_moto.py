@@ -454,7 +454,7 @@ def test_each_loss_moves_its_own_parameters_and_no_others(agent):
 def test_one_backward_pass_gives_actor_and_critic_their_own_gradients_alone(agent):
     """The sum of both losses is differentiated once: neither loss may reach the other's parameters, nor the model's."""
     batch = batch_of(agent.cfg)
-    batch |= {"leaves": torch.ones(4, 5), "imitated": torch.ones(4, 5)}
+    batch |= {"leaves": torch.ones(4, 5), "imitated": torch.ones(4, 5), "imitate": batch["a"]}
     feat = torch.randn(4, 6, agent.cfg.deter + agent.cfg.stoch)
     parts = {}
     true_actor_loss, true_critic_loss = moto.actor_loss, moto.critic_loss
