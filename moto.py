@@ -101,7 +101,7 @@ class Config:
     reward_head: str = opt("auto", "p(r|s): bernoulli (r is 0 or 1), normal, auto: bernoulli on Meta-World")
     repr_weight: float = opt(10.0, "weight of the behaviour gradient into encoder and RSSM (DEPARTURE)")
     forget: float = opt(0.25, "share of steps before which the behaviour term's memory is wiped (DEPARTURE)")
-    latent_noise: float = opt(1.0, "noise of the latents that the behaviour term sees, and sampling episodes: "
+    latent_noise: float = opt(1.0, "noise of the latents that the behaviour term and sampling episodes see: "
                                    "1 the posterior's, 0 its means (DEPARTURE)")
     # Value expansion, critic, actor
     horizon: int = opt(5, "H, imagined steps [LOMPO: 5]")
@@ -110,8 +110,8 @@ class Config:
     alpha: float = opt(1.0, "penalty, Eq 7: reward lost where u exceeds its mean on the data by once that")
     beta: float = opt(1.0, "weight of the behaviour term, Eq 14")
     eta: float = opt(1e-4, "weight of the entropy term, Eq 14")
-    pixel_prior: bool = opt(False, "a behaviour prior of its own, on --frames stacked images, says what to do "
-                                   "in online states, too; off: the behaviour term knows the data alone")
+    pixel_prior: bool = opt(False, "a behaviour prior of its own, on --frames stacked images, says what to "
+                                   "do in online states, too; off: the behaviour term knows only the data")
     min_std: float = opt(0.05, "smallest deviation of the policy, before the tanh [DreamerV2: 0.1]")
     imitate_success: bool = opt(True, "quick online successes join the offline data (DEPARTURE)")
     real_weight: float = opt(1.0, "weight of real transitions, Eq 11; 0: critics learn in imagination alone")
@@ -985,7 +985,7 @@ def stacked(image, first, frames):
 
 
 class StackEncoder(nn.Sequential):
-    """Stacked images (N, 3 * frames, P, P) -> feature (N, F), the input of the Actor and Critic that MOTO has;
+    """Stacked images (N, 3 * frames, P, P) -> feature (N, F), the input of the Actor and Critic of MOTO;
     layer norm and tanh keep it bounded, as in DrQ."""
 
     def __init__(self, cfg):
@@ -1590,7 +1590,7 @@ def signals_wait():
         if asked["signal"]:
             raise KeyboardInterrupt
         asked["signal"] = number
-        os.write(2, b"\nmoto: stopping after this step; Ctrl-C again: at once\n")      # print is not safe here
+        os.write(2, b"\nmoto: stopping after this step; Ctrl-C again: at once\n")     # print is not safe here
     asked["signal"] = None
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -2496,9 +2496,7 @@ def bench_parts(cfg, repeat=10):
     (agent, update), store, rng = learner(cfg), synthetic_replay(cfg, 10), np.random.default_rng(0)
     model, B, T, D, device = agent.model, cfg.batch, cfg.length, cfg.deter, cfg.device
     sample = lambda: store.sample(rng, B, T)
-    x, batch = to_image(sample()["image"], plain=not cfg.compile).flatten(0, 1), sample()
-    batch["leaves"] = batch["imitated"] = torch.ones(B, T - 1, device=device)
-    batch["imitate"] = batch["a"]
+    x, batch = to_image(sample()["image"], plain=not cfg.compile).flatten(0, 1), agent.arrive(sample())
     feat = torch.randn(B, T, D + cfg.stoch, device=device)
     start, embed = feat.flatten(0, 1), torch.randn(B, T, cfg.hidden, device=device, requires_grad=True)
     H = cfg.horizon
