@@ -111,9 +111,9 @@ class Config:
     beta: float = opt(1.0, "weight of the behaviour term, Eq 14")
     eta: float = opt(1e-4, "weight of the entropy term, Eq 14")
     pixel_prior: bool = opt(False, "a behaviour prior of its own, on --frames stacked images, says what to "
-                                   "do in online states, too; off: the behaviour term knows only the data")
+                                   "do in online states, too (DEPARTURE); off: the data alone say it")
     min_std: float = opt(0.05, "smallest deviation of the policy, before the tanh [DreamerV2: 0.1]")
-    imitate_best: float = opt(1.0, "share of the offline episodes, the best, that the behaviour term imitates")
+    imitate_best: float = opt(1.0, "share of the offline episodes, the best, that are imitated (Eq 13)")
     imitate_success: bool = opt(True, "online episodes as good as those join the offline data (DEPARTURE)")
     real_weight: float = opt(1.0, "weight of real transitions, Eq 11; 0: critics learn in imagination alone")
     value_weight: float = opt(1.0, "weight of the value in the actor's loss, Eq 14; 0: behaviour cloning")

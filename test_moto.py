@@ -698,7 +698,7 @@ def test_successful_online_episodes_join_the_offline_data(dots, tmp_path, imitat
     run = moto.Run(tiny(data=str(dots), logdir=str(tmp_path), online_episodes=5, demo_tail=2, imitate_success=imitate))
     run.open_data()
     slowest = max(int(np.argmax(moto.load_episode(path, 16, 2)["reward"])) for path in dots.glob("*.npz"))
-    assert run.good_enough == pytest.approx(1 - slowest / 12)                                     # of 12 steps, those from the first success on
+    assert run.good_enough == pytest.approx(1 - slowest / 12)                              # of 12 steps, those from the first success on
     run.good_enough, before = 1 / 12, run.offline.size
     for index, rewards in enumerate(([0] * 12, [0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0], [0] * 11 + [1])):
         image = np.full((13, 16, 16, 3), index, np.uint8)
@@ -709,7 +709,7 @@ def test_successful_online_episodes_join_the_offline_data(dots, tmp_path, imitat
         joined = {name: values[before:run.offline.size] for name, values in run.offline.data.items()}
         assert joined["r"].nonzero().flatten().tolist() == [4, 6, 19] and joined["first"].nonzero().flatten().tolist() == [0, 7]
         assert set(joined["image"][:7].unique().tolist()) == {1} and joined["a"][1:7].unique().tolist() == [pytest.approx(0.1)]
-    size, run.good_enough = run.offline.size, 2 / 12                                              # too slow for the prior, by one step
+    size, run.good_enough = run.offline.size, 2 / 12                                       # too slow for the prior, by one step
     run.add_online(2)
     assert run.offline.size == size
     run.good_enough = 1 / 12
