@@ -159,7 +159,7 @@ EXACT = HARD | dict(repr_weight=30.0, offline_updates=2000, online_episodes=100,
 
 def kitchens(**budget):
     """Franka Kitchen's two tasks: one protocol at any scale, and a budget."""
-    protocol = dict(action_repeat=1, episode_steps=280, success_reward=4.0, demos=100, explore=0.25)
+    protocol = dict(action_repeat=1, episode_steps=280, demos=100, explore=0.25)
     return dict.fromkeys(("kitchen-partial", "kitchen-mixed"), protocol | budget)
 
 
@@ -899,9 +899,9 @@ class Agent(Learner):
     def prior_says(self, batch):
         """What to imitate where nothing is shown, online: an action drawn from b -> `imitate`, `imitated`.
 
-        So the policy stays near the behaviour prior wherever the agent gets, and its latents learn from many
-        more places than the demonstrations show what b, which sees images, can tell from those few. Source:
-        Ross et al. 2011 (DAgger): the student is told what to do in states of its own.
+        DEPARTURE: so the policy stays near the behaviour prior wherever the agent gets, and its latents learn
+        from many more places than the demonstrations show what b, which sees images, can tell from those few.
+        Source: Ross et al. 2011 (DAgger): the student is told what to do in states of its own.
         """
         asked, back = ~batch["shown"].all(1), self.cfg.frames - 1
         says = {name: batch[name].clone() for name in ("imitate", "imitated")}
@@ -2358,9 +2358,10 @@ def submitted(argv, log, threads, cluster):
 def sweep(given, commands):
     """--sweep: one run per task, variant and seed, `--jobs` of them at a time; the finished ones are skipped.
 
-    given: the explicit flags that all runs share; commands: tasks, variants, seeds, jobs, executor. Runs live
-    in `<--logdir, or runs>/<task>-<variant>-seed<n>`, their output in log.txt there. The same command
-    continues a sweep that was stopped. Raises Trouble, at the end, naming the runs that failed.
+    given: the explicit flags, which all runs share, except that a variant keeps the numbers that make it what
+    it is (VARIANTS); commands: tasks, variants, seeds, jobs, executor. Runs live in
+    `<--logdir, or runs>/<task>-<variant>-seed<n>`, their output in log.txt there. The same command continues
+    a sweep that was stopped. Raises Trouble, at the end, naming the runs that failed.
     """
     root, jobs = given.pop("logdir", "runs"), commands.get("jobs", 1)
     executor, known = commands.get("executor", "process"), ("process", "slurm", "local")
@@ -2372,7 +2373,8 @@ def sweep(given, commands):
         for task in commands.get("tasks", [given.get("task", "drawer-open")]):
             for seed in commands.get("seeds", [given.get("seed", 0)]):
                 name = run_name(task, variant, seed)
-                mine = {"workers": threads} | given | {
+                shared = {k: v for k, v in given.items() if k not in VARIANTS.get(variant, {})}
+                mine = {"workers": threads} | shared | {
                     "task": task, "variant": variant, "seed": seed, "logdir": str(Path(root) / name)}
                 total += 1
                 if not finished(build_config(**mine)):
@@ -2796,8 +2798,12 @@ def train(cfg):
         run.describe()
         published = TASKS["paper"].get(cfg.task, PRESETS["paper"])["episode_steps"]
         print(f"{cfg.task}, {cfg.variant}, seed {cfg.seed}, preset {cfg.preset} (episodes of "
-              f"{cfg.episode_steps} steps; the paper's: {published}), {cfg.device}, {cfg.precision}, renderer: "
-              f"{run.env.describe().get('renderer', 'its own')} -> {run.dir}")
+              f"{cfg.episode_steps} steps; the paper's: {published}), {cfg.device}, {cfg.precision}, "
+              f"renderer: {run.env.describe().get('renderer', 'its own')} -> {run.dir}")
+        changed = [f"{name} {getattr(cfg, name)} for its {value}" for name, value in
+                   VARIANTS[cfg.variant].items() if getattr(cfg, name) != value]
+        if changed:
+            print(f"note: this is {cfg.variant} with {', '.join(changed)}")
         if run.state["updates"]:
             print(f"continuing at update {run.state['updates']}, online episode {run.state['episodes']}")
         run.open_data()

@@ -509,7 +509,7 @@ def test_a_task_has_its_own_budget_between_preset_and_variant():
     assert all(build(task=task).online_episodes <= 400 for task in moto.TASKS["laptop"])
     for preset in moto.PRESETS:                                      # but the kitchen is the kitchen at any scale
         cfg = build(task="kitchen-mixed", preset=preset)
-        assert (cfg.action_repeat, cfg.episode_steps, cfg.success_reward, cfg.reward_head) == (1, 280, 4, "normal")
+        assert (cfg.action_repeat, cfg.episode_steps, cfg.reward_head) == (1, 280, "normal")
 
 
 def test_what_sets_a_variant_apart_changes_the_update_and_the_rest_is_one_method():
@@ -1253,6 +1253,18 @@ def test_a_sweep_runs_all_reports_failures_and_skips_what_is_finished(dots, tmp_
     assert not moto.finished(moto.build_config(**(TINY | dict(task=DOT, data=str(dots), logdir=str(tmp_path / min(names)), gamma=0.5))))
     assert moto.main([word for word in mine if word != "moto"] + ["--online-episodes", "3"]) == 0      # another budget: not finished
     assert {name for name in names if finish_times(tmp_path)[name] != before[name]} == {"gym-test_moto-test-Dot-v0-iql-seed0"}
+
+
+def test_flags_of_a_sweep_leave_a_variant_what_it_is_and_a_single_run_says_what_it_became(dots, tmp_path, capsys):
+    argv = [*sweep_flags(dots, tmp_path, online_episodes=1, repr_weight=3.0, alpha=0.5), "--tasks", DOT, "--variants", "no-bc", "no-unc", "bc"]
+    assert moto.main([str(word) for word in argv]) == 0
+    config = {v: json.loads((tmp_path / f"gym-test_moto-test-Dot-v0-{v}-seed0" / "config.json").read_text())["config"] for v in ("no-bc", "no-unc", "bc")}
+    assert [config[v]["repr_weight"] for v in config] == [0, 3, 3] and [config[v]["alpha"] for v in config] == [0.5, 0, 0.5]
+    assert [config[v]["online_episodes"] for v in config] == [1, 1, 0] and config["no-bc"]["beta"] == 0
+    capsys.readouterr()
+    assert run(dots, tmp_path / "alone", variant="no-bc", repr_weight=3.0) == 0
+    assert "note: this is no-bc with repr_weight 3.0 for its 0.0\n" in capsys.readouterr().out
+    assert run(dots, tmp_path / "plain", variant="no-bc") == 0 and "note:" not in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="follows processes as Linux does")
