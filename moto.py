@@ -2248,7 +2248,7 @@ def draw_groups(path, tasks, ylabel, value, **limits):
                  xlabel="online episodes (0: after the offline phase)")
         axis.axhline(0, color="black", lw=0.8)
         axis.grid(alpha=0.3)
-    fig.legend(handles.values(), handles, loc="outside lower center", ncols=9)
+    fig.legend(handles.values(), handles, loc="outside lower center", ncols=2 * columns)
     save_figure(fig, path)
     print(f"wrote {path}", file=sys.stderr)
 

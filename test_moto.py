@@ -1195,6 +1195,17 @@ def test_evaluate_and_plot_commands(finished, capsys):
     assert last[3] == f"{result['offline_success']:.0%}" and last[6] == f"{result['final_success']:.0%}"
 
 
+@pytest.mark.parametrize("panels", [1, 2, 7])
+def test_the_legend_of_all_variants_fits_beneath_the_panels(tmp_path, monkeypatch, panels):
+    drawn = []
+    monkeypatch.setattr(moto, "save_figure", lambda fig, path: drawn.append(fig))
+    groups = {variant: [({}, {0: {}, 100: {}})] for variant in moto.VARIANTS}
+    moto.draw_groups(tmp_path / "curves.png", {f"task {n}": groups for n in range(panels)}, "success", lambda row: 0.5)
+    drawn[0].canvas.draw()
+    legend = drawn[0].legends[0].get_window_extent()
+    assert len(drawn[0].legends[0].texts) == len(moto.VARIANTS) and legend.x0 >= 0 and legend.x1 <= drawn[0].bbox.width
+
+
 def test_the_interval_covers_what_seeds_and_episodes_leave_open():
     row = lambda success, n: {"evaluation/success": success, "evaluation/episodes": n}
     low, high = moto.interval([row(0.5, 50)])
