@@ -159,7 +159,7 @@ EXACT = HARD | dict(repr_weight=30.0, offline_updates=2000, online_episodes=100,
 
 def kitchens(**budget):
     """Franka Kitchen's two tasks: one protocol at any scale, and a budget."""
-    protocol = dict(action_repeat=1, episode_steps=280, demos=100, explore=0.25)
+    protocol = dict(action_repeat=1, episode_steps=280, success_reward=4.0, demos=100, explore=0.25)
     return dict.fromkeys(("kitchen-partial", "kitchen-mixed"), protocol | budget)
 
 

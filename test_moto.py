@@ -509,7 +509,7 @@ def test_a_task_has_its_own_budget_between_preset_and_variant():
     assert all(build(task=task).online_episodes <= 400 for task in moto.TASKS["laptop"])
     for preset in moto.PRESETS:                                      # but the kitchen is the kitchen at any scale
         cfg = build(task="kitchen-mixed", preset=preset)
-        assert (cfg.action_repeat, cfg.episode_steps, cfg.reward_head) == (1, 280, "normal")
+        assert (cfg.action_repeat, cfg.episode_steps, cfg.success_reward, cfg.reward_head) == (1, 280, 4, "normal")
 
 
 def test_what_sets_a_variant_apart_changes_the_update_and_the_rest_is_one_method():
