@@ -2079,7 +2079,7 @@ def open_loop(agent, episode, seen, steps):
         h = model.recurrence(h, z, a[:, t])
         means, _ = model.prior(h)
         z = means.mean(0)
-        feats.append(torch.cat([h, z], -1)), u.append((disagreement(means) / model.typical_u).cpu())
+        feats.append(torch.cat([h, z], -1)), u.append((disagreement(means) / (model.typical_u or 1)).cpu())
     feats = torch.cat(feats)
     reward = model.expected_reward(feats).cpu().numpy()
     return to_uint8(x[0, :T]), to_uint8(model.decoder(feats)), torch.cat(u).numpy(), reward

@@ -1109,6 +1109,11 @@ def test_stop_and_resume_equals_never_stopping_bit_for_bit(finished, dots, tmp_p
     assert updates == list(range(1, 15))
 
 
+def test_a_run_of_no_updates_scores_and_draws_the_untrained_agent(dots, tmp_path):
+    assert run(dots, tmp_path, offline_updates=0, online_episodes=0) == 0
+    assert (tmp_path / "prediction.png").exists() and json.loads((tmp_path / "result.json").read_text())["updates"] == 0
+
+
 def test_what_a_run_leaves(finished):
     names = {"config.json", "metrics.jsonl", "result.json", "moto.py", "checkpoint.pt", "curve.png", "prediction.png", "eval.gif"}
     assert names <= {p.name for p in finished.iterdir()}
