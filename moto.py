@@ -113,7 +113,7 @@ class Config:
     pixel_prior: bool = opt(False, "a behaviour prior of its own, on --frames stacked images, says what to "
                                    "do in online states, too (DEPARTURE); off: the data alone say it")
     min_std: float = opt(0.05, "smallest deviation of the policy, before the tanh [DreamerV2: 0.1]")
-    imitate_best: float = opt(1.0, "share of the offline episodes, the best, that are imitated (Eq 13)")
+    imitate_ahead: int = opt(0, "steps: what raises the reward within so many is imitated (DEPARTURE); 0: all")
     imitate_success: bool = opt(True, "online episodes as good as those join the offline data (DEPARTURE)")
     real_weight: float = opt(1.0, "weight of real transitions, Eq 11; 0: critics learn in imagination alone")
     value_weight: float = opt(1.0, "weight of the value in the actor's loss, Eq 14; 0: behaviour cloning")
@@ -159,7 +159,8 @@ EXACT = HARD | dict(repr_weight=30.0, offline_updates=2000, online_episodes=100,
 
 def kitchens(**budget):
     """Franka Kitchen's two tasks: one protocol at any scale, and a budget."""
-    protocol = dict(action_repeat=1, episode_steps=280, success_reward=4.0, demos=100, explore=0.25)
+    protocol = dict(action_repeat=1, episode_steps=280, success_reward=4.0, demos=100, explore=0.25,
+                    imitate_ahead=60)
     return dict.fromkeys(("kitchen-partial", "kitchen-mixed"), protocol | budget)
 
 
@@ -888,7 +889,7 @@ class Agent(Learner):
     def learn_prior(self, batch):
         """Eq 13 on pixels: a step of the behaviour prior b(a | x_{t-2}, x_{t-1}, x_t) on the actions shown ->
         metrics."""
-        shown = batch["shown"].all(1)
+        shown = batch["shown"].any(1)
         feat, seen = self.see(self.prior_encoder, {k: v[shown] for k, v in batch.items()}, self.cfg.shift)
         loss = behaviour_loss(self.prior_actor, feat, seen["a"], seen["imitated"])
         norms = self.step(loss, "prior_encoder", "prior_actor")
@@ -903,7 +904,7 @@ class Agent(Learner):
         from many more places than the demonstrations show what b, which sees images, can tell from those few.
         Source: Ross et al. 2011 (DAgger): the student is told what to do in states of its own.
         """
-        asked, back = ~batch["shown"].all(1), self.cfg.frames - 1
+        asked, back = ~batch["shown"].any(1), self.cfg.frames - 1
         says = {name: batch[name].clone() for name in ("imitate", "imitated")}
         if asked.any():
             feat, seen = self.see(self.prior.model, {k: v[asked] for k, v in batch.items()}, 0)
@@ -1254,13 +1255,13 @@ class Replay:
 
     def add(self, episode, shown):
         """Append an episode (dict as from load_episode) in this file's time: a[t], r[t] led into image[t].
-        `shown`: the behaviour term is to imitate it."""
+        `shown`: whether the behaviour term is to imitate it, or which actions of it (L,)."""
         start, end = self.size, self.size + len(episode["image"])
         self.data["image"][start:end] = torch.as_tensor(episode["image"])
         self.data["a"][start + 1:end] = torch.as_tensor(episode["action"])
         self.data["r"][start + 1:end] = torch.as_tensor(episode["reward"])
         self.data["first"][start], self.data["terminal"][end - 1] = True, episode["terminal"]
-        self.data["shown"][start:end] = shown
+        self.data["shown"][start + 1:end] = torch.as_tensor(shown)
         self.size = end
 
     def sample(self, rng, count, length):
@@ -1634,6 +1635,19 @@ def merit(cfg, reward):
     return float(kept) / cfg.episode_steps, peak
 
 
+def leads_up(cfg, reward):
+    """Which actions (L,) of an episode with these rewards (L,) the behaviour term imitates: those after which,
+    within `imitate_ahead` steps, the reward is higher than ever before in the episode (0: all).
+
+    DEPARTURE, for data that do more than the task asks: a detour, or what comes after the last object, is in
+    the model's and the critics' data, but not what the policy is held to. Source: filtered behaviour cloning
+    (Chen et al. 2020, BAIL), by the step instead of by the episode.
+    """
+    best = np.maximum.accumulate(np.append(0, reward))
+    wait = np.flatnonzero(np.diff(best) > 0) - np.arange(len(reward))[:, None]       # 0: this action's own
+    return ((wait >= 0) & (wait < cfg.imitate_ahead)).any(1) | (cfg.imitate_ahead == 0)
+
+
 class Run:
     """One run: config, environment, agent, data, counters, metrics, and the checkpoint that holds them."""
 
@@ -1734,17 +1748,16 @@ class Run:
         space = most * (cfg.episode_steps + 1)
         self.offline = Replay(steps + space * cfg.imitate_success, *shape, cfg.device)
         self.online = Replay(space, *shape, cfg.device)
-        merits = [merit(cfg, episode["reward"])[0] for episode in episodes]
-        best = sorted(merits)[-max(1, round(cfg.imitate_best * len(merits))):]
-        for episode, worth in zip(episodes, merits):
-            self.offline.add(episode, shown=worth >= best[0])
-        self.good_enough = min((worth for worth in best if worth > 0), default=math.inf)
+        for episode in episodes:
+            self.offline.add(episode, shown=leads_up(cfg, episode["reward"]))
+        merits = (merit(cfg, episode["reward"])[0] for episode in episodes)
+        self.good_enough = min((worth for worth in merits if worth > 0), default=math.inf)
         for index in range(self.state["episodes"]):
             self.add_online(index)
         self.clock("demonstrations", started)
 
     def add_online(self, index):
-        """Bring a saved online episode into memory. DEPARTURE: one that is as good as the worst imitated
+        """Bring a saved online episode into memory. DEPARTURE: one that is as good as the worst
         demonstration also joins the offline data, and with it the behaviour prior, up to `demo_tail` steps
         beyond its peak, as they do. (With slow successes the prior learns to hesitate and to miss.)"""
         episode = load_episode(self.episode_path(index), self.cfg.image_size, self.env.action_size)
@@ -1755,8 +1768,8 @@ class Run:
             L = min(peak + 1 + self.cfg.demo_tail, most)
             whole = L == most
             self.offline.add({"image": episode["image"][:L + 1], "action": episode["action"][:L],
-                              "reward": episode["reward"][:L],
-                              "terminal": whole and episode["terminal"]}, shown=True)
+                              "reward": episode["reward"][:L], "terminal": whole and episode["terminal"]},
+                             shown=leads_up(self.cfg, episode["reward"][:L]))
 
     def episode_path(self, index):
         return self.dir / "episodes" / f"{index:05d}.npz"
@@ -2751,13 +2764,14 @@ def reuse_memory():
 
 AT_LEAST = {0: ("seed", "workers", "demo_noise", "demo_tail", "free_nats", "kl_scale", "reward_scale",
                 "repr_weight", "alpha", "beta", "eta", "real_weight", "value_weight", "offline_updates",
-                "online_episodes", "shift", "temperature", "cql_weight", "explore", "latent_noise"),
+                "online_episodes", "shift", "temperature", "cql_weight", "explore", "latent_noise",
+                "imitate_ahead"),
             1: ("action_repeat", "supersample", "episode_steps", "demos", "batch", "channels", "deter",
                 "stoch", "hidden", "ensemble", "horizon", "updates_per_episode", "eval_every",
                 "eval_episodes", "final_episodes", "log_every", "save_every", "frames"),
             2: ("length",)}
 SHARES = ("gamma", "lam", "forget", "kl_balance", "decode", "offline_fraction", "target_rate", "acting_rate",
-          "lag", "expectile", "imitate_best")
+          "lag", "expectile")
 POSITIVE = ("min_std", "model_lr", "actor_lr", "critic_lr", "grad_clip", "decode")
 
 
