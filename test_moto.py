@@ -718,30 +718,41 @@ def test_successful_online_episodes_join_the_offline_data(dots, tmp_path, imitat
     run.close()
 
 
-def test_the_behaviour_term_imitates_the_best_share_of_the_offline_episodes(tmp_path):
-    """An episode's worth is its mean reward up to the time limit had it kept its largest from the first time on; ties are all in.
-    The others are in the model's and the critics' data all the same. What online is as good as the worst of the best joins them."""
-    rewards = [[0, 0, 0, 0], [0, 1, 1], [1, 1], [0, 0, 2], [1, 1, 0]]        # worth, of 12 steps: 0, 11, 12, 20, 12
-    for index, reward in enumerate(rewards):
-        moto.save_episode(tmp_path / f"{index}.npz", np.full((len(reward) + 1, 16, 16, 3), index, np.uint8), np.zeros((len(reward), 2)), reward)
-    worth = [moto.merit(tiny(), np.array(reward, np.float32)) for reward in rewards]
-    assert [round(12 * w) for w, _ in worth] == [0, 11, 12, 20, 12] and [peak for _, peak in worth] == [0, 1, 0, 2, 0]
+def test_the_worth_of_an_episode_and_which_of_its_actions_lead_up():
+    """Worth: the mean reward up to the time limit had it kept its largest from the first time on. An action leads up if it, or one of the
+    `imitate_ahead` - 1 after it, brings more than there ever was; what was lost and is back does not count."""
+    for reward, worth, peak, ahead_2, ahead_3 in (([0, 0, 0, 0], 0, 0, "....", "...."), ([0, 1, 1], 11, 1, "xx.", "xx."), ([1, 1], 12, 0, "x.", "x."),
+                                                  ([0, 0, 0, 2], 18, 3, "..xx", ".xxx"), ([1, 1, 0], 12, 0, "x..", "x.."),
+                                                  ([0, 0, 0, 1, 0, 1, 1, 2, 0], 13, 7, "..xx..xx.", ".xxx.xxx.")):
+        rewards = np.array(reward, np.float32)
+        mean, at = moto.merit(tiny(), rewards)
+        assert (round(12 * mean), at) == (worth, peak)
+        for ahead, marks in ((2, ahead_2), (3, ahead_3), (0, "x" * len(reward))):
+            assert moto.leads_up(tiny(imitate_ahead=ahead), rewards).tolist() == [mark == "x" for mark in marks], (reward, ahead)
 
-    def imitated(share):
-        run = moto.Run(tiny(data=str(tmp_path), logdir=str(tmp_path / f"{share}"), online_episodes=3, imitate_best=share, reward_head="normal"))
-        run.open_data()
-        assert run.offline.size == 20
-        shown = run.offline.data["shown"][:20]
-        episodes = set(run.offline.data["image"][:20][shown][:, 0, 0, 0].tolist())
-        for index, reward in enumerate(([0] * 11 + [1], [0, 1] + [0] * 10, [0, 0, 0, 2] + [0] * 8)):      # 1, 11, 18
-            moto.save_episode(run.episode_path(index), np.full((13, 16, 16, 3), 10 + index, np.uint8), np.zeros((12, 2)), reward)
-            run.add_online(index)
-        assert run.offline.data["shown"][20:run.offline.size].all() and not run.online.data["shown"].any()
-        joined = set(run.offline.data["image"][20:run.offline.size, 0, 0, 0].tolist())
-        run.close()
-        return episodes, joined
-    assert imitated(1.0) == ({0, 1, 2, 3, 4}, {11, 12})                      # not what is worse than each that earns anything
-    assert imitated(0.4) == ({2, 3, 4}, {12}) and imitated(0.01) == ({3}, set())
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_the_behaviour_term_imitates_what_leads_up(tmp_path, ahead):
+    """The action is told from its neighbours by its value. The rest is in the model's and the critics' data all the same; what online is
+    as good as the worst demonstration that earns anything joins, and of it, too, what leads up is imitated."""
+    for index, reward in enumerate([[0, 0, 0, 0], [0, 0, 0, 1, 1], [1, 1, 0]]):              # worth, of 12 steps: 0, 9, 12
+        moto.save_episode(tmp_path / f"{index}.npz", np.zeros((len(reward) + 1, 16, 16, 3), np.uint8),
+                          0.1 * index + 0.01 * np.arange(len(reward))[:, None].repeat(2, 1), reward)
+    run = moto.Run(tiny(data=str(tmp_path), logdir=str(tmp_path / "run"), online_episodes=2, imitate_ahead=ahead, reward_head="normal"))
+    run.open_data()
+    assert run.offline.size == 15
+    for index, reward in enumerate(([0] * 4 + [1] + [0] * 7, [0] * 3 + [1, 1, 0] + [1] * 6)):          # worth 8, 9
+        moto.save_episode(run.episode_path(index), np.zeros((13, 16, 16, 3), np.uint8), 0.5 + 0.1 * index + 0.01 * np.arange(12)[:, None].repeat(2, 1), reward)
+        run.add_online(index)
+    assert not run.online.data["shown"].any() and run.offline.size == 15 + 13
+    batch = {name: values[None, :run.offline.size] for name, values in run.offline.data.items()}
+    batch = run.agent.arrive(batch)
+    imitated = (100 * batch["imitate"][:, 1:, 0][batch["imitated"] > 0]).round().int().tolist()
+    if ahead:
+        assert imitated == [12, 13, 20, 62, 63]
+    else:
+        assert imitated == [0, 1, 2, 3, 10, 11, 12, 13, 14, 20, 21, 22, *range(60, 72)]
+    run.close()
 
 
 def test_gym_actions_are_mapped_to_the_box_and_seeds_fix_the_episode():
