@@ -100,6 +100,7 @@ class Config:
     reward_scale: float = opt(10.0, "weight of -ln p(r|s) in Eq 4: one number beside 12,288 pixels")
     reward_head: str = opt("auto", "p(r|s): bernoulli (r is 0 or 1), normal, auto: bernoulli on Meta-World")
     repr_weight: float = opt(10.0, "weight of the behaviour gradient into encoder and RSSM (DEPARTURE)")
+    memory: int = opt(0, "steps that acting looks back (DEPARTURE); 0: to the reset")
     forget: float = opt(0.25, "share of steps before which the behaviour term's memory is wiped (DEPARTURE)")
     latent_noise: float = opt(1.0, "noise of the latents that the behaviour term and sampling episodes see: "
                                    "1 the posterior's, 0 its means (DEPARTURE)")
@@ -170,7 +171,7 @@ TASKS = {                                        # by preset: what a task needs 
                "bin-picking": EXACT | dict(pixel_prior=False, latent_noise=1.0, eval_sample=True),
                "hammer": HARD}
     | kitchens(offline_updates=6000, online_episodes=100, updates_per_episode=40, eval_every=1000,
-               eval_episodes=10, final_episodes=20),
+               eval_episodes=10, final_episodes=20, memory=8),
     "debug": kitchens(demos=2, final_episodes=1),
     "paper": kitchens(offline_updates=10_000, online_episodes=1300),
 }
@@ -730,7 +731,8 @@ class Policy(nn.Module):
         """One step of acting: uint8 image (P, P, 3), carried state (None at a reset) -> a (A,), next state.
 
         With a generator, latents and action are sampled, their deviations multiplied by cfg.latent_noise and
-        cfg.explore; without, they are the means.
+        cfg.explore; without, they are the means. With cfg.memory the filter begins anew so many images ago,
+        as it does in training with every sequence: it has never learned to go on for hundreds of steps.
         """
         device, model, cfg = self.updates.device, self.model, self.actor.cfg
 
@@ -738,13 +740,18 @@ class Policy(nn.Module):
             sampled = torch.zeros(1, n) if generator is None else torch.randn(1, n, generator=generator)
             return sampled.to(device)
         x = to_image(torch.as_tensor(image, device=device))[None]
-        h, z, a = state or (*model.initial(1, device), torch.zeros(1, model.action_size, device=device))
-        h, z, *_ = model.filter_step(h, z, a, model.encoder(x), cfg.latent_noise * noise(z.shape[1]))
+        nothing = torch.zeros(1, model.action_size, device=device)
+        h, z, a, seen = state or (*model.initial(1, device), nothing, [])
+        seen = [*seen, (a, model.encoder(x))][-(cfg.memory or 1):]
+        if cfg.memory:
+            (h, z), seen[0] = model.initial(1, device), (nothing, seen[0][1])
+        for a, embed in seen:
+            h, z, *_ = model.filter_step(h, z, a, embed, cfg.latent_noise * noise(z.shape[1]))
         policy = self.actor(torch.cat([h, z], -1))
         a = policy.mode
         if generator is not None:
             a = policy.rsample(cfg.explore * noise(a.shape[1]))[0]
-        return a[0].cpu().numpy(), (h, z, a)
+        return a[0].cpu().numpy(), (h, z, a, seen)
 
 
 class Learner:
@@ -971,7 +978,7 @@ class Agent(Learner):
     @torch.no_grad()
     def promise(self, image):
         """What the critics promise at an episode's first image (P, P, 3), in units of 1 / (1 - gamma)."""
-        _, (h, z, a) = self.acting.act(image)
+        _, (h, z, a, _) = self.acting.act(image)
         return float(self.target(torch.cat([h, z], -1), a).min() / self.target.unit)
 
 
@@ -1612,7 +1619,7 @@ def signals_wait():
 
 
 MAY_CHANGE = {"logdir", "device", "cache", "data", "online_episodes", "eval_every", "eval_episodes",
-              "final_episodes", "save_every", "log_every", "compile", "precision", "workers"}   # on resuming
+              "final_episodes", "save_every", "log_every", "compile", "precision", "workers", "memory"}    # on resuming
 
 
 def recorded(config):
@@ -2765,7 +2772,7 @@ def reuse_memory():
 AT_LEAST = {0: ("seed", "workers", "demo_noise", "demo_tail", "free_nats", "kl_scale", "reward_scale",
                 "repr_weight", "alpha", "beta", "eta", "real_weight", "value_weight", "offline_updates",
                 "online_episodes", "shift", "temperature", "cql_weight", "explore", "latent_noise",
-                "imitate_ahead"),
+                "imitate_ahead", "memory"),
             1: ("action_repeat", "supersample", "episode_steps", "demos", "batch", "channels", "deter",
                 "stoch", "hidden", "ensemble", "horizon", "updates_per_episode", "eval_every",
                 "eval_episodes", "final_episodes", "log_every", "save_every", "frames"),
