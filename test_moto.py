@@ -793,6 +793,22 @@ def test_frames_are_stacked_within_an_episode():
     assert torch.equal(moto.stacked(image, first, 1), image)
 
 
+@pytest.mark.parametrize("memory", [0, 1, 3, 20])
+def test_acting_filters_the_last_images_as_training_filters_a_sequence(memory):
+    """Those of the last `memory` steps, forgetting what was before, action and state; 0, or more than there were: all since the reset."""
+    agent = moto.Agent(tiny(memory=memory), 2, True, "cpu")
+    images, actions, state = batch_of(agent.cfg, 1, 8)["image"][0], [torch.zeros(2)], None
+    for t in range(8):
+        since = max(0, t + 1 - (memory or 8))
+        first = torch.tensor([[True] + [False] * (t - since)])
+        with torch.no_grad():
+            h, z, *_ = agent.model.filter(agent.model.embed(moto.to_image(images[None, since:t + 1])), torch.stack(actions[since:])[None], first, scale=0)
+            expected = agent.actor(torch.cat([h, z], -1)[0, -1:]).mode[0]
+        a, state = agent.acting.act(images[t], state)
+        np.testing.assert_allclose(a, expected, atol=1e-6)
+        actions.append(torch.as_tensor(a))
+
+
 def test_acting_stacks_the_frames_as_training_does():
     agent = moto.make_learner(tiny(variant="bc"), 2, False, "cpu")
     image, state = torch.randint(0, 255, (5, 16, 16, 3), dtype=torch.uint8), None
