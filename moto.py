@@ -171,7 +171,7 @@ TASKS = {                                        # by preset: what a task needs 
                "bin-picking": EXACT | dict(pixel_prior=False, latent_noise=1.0, eval_sample=True),
                "hammer": HARD}
     | kitchens(offline_updates=6000, online_episodes=100, updates_per_episode=40, eval_every=1000,
-               eval_episodes=10, final_episodes=20, memory=8),
+               eval_episodes=10, final_episodes=20, memory=4),
     "debug": kitchens(demos=2, final_episodes=1),
     "paper": kitchens(offline_updates=10_000, online_episodes=1300),
 }
@@ -3023,6 +3023,7 @@ class Kitchen:
     """
     action_size, terminates, most_shown = 9, False, 3
     view = {"azimuth": 90, "elevation": -60, "distance": 1.86, "lookat": [-0.3, 0.5, 2.0]}
+    stops = [0.85, 1.1]                          # a sub-task is left off at SCRIPTS' distance times one of these
     tasks = {"kitchen-partial": ("microwave", "kettle", "light switch", "slide cabinet"),
              "kitchen-mixed": ("microwave", "kettle", "bottom burner", "light switch")}
 
@@ -3041,7 +3042,7 @@ class Kitchen:
 
     def describe(self):
         name = "gymnasium-robotics"
-        return self.camera.describe() | {name: importlib.metadata.version(name)}
+        return self.camera.describe() | {name: importlib.metadata.version(name), "stops": self.stops}
 
     def reset(self, seed):
         self.rng, self.script, self.sequence = np.random.default_rng(seed), None, []
@@ -3080,9 +3081,14 @@ class Kitchen:
         return next(self.script)
 
     def play_script(self):
-        """The actions (9,) of a sequence of sub-tasks, then rest: one by one, as the scene changes."""
+        """The actions (9,) of a sequence of sub-tasks, then rest: one by one, as the scene changes.
+
+        Each is left off a little earlier or later, by chance: where the hand always turns back at the same
+        point, nothing shows what to do one step beyond it, and a policy that is late pushes on.
+        """
         for name in self.sequence:
             site, within, points, (back, fingers) = SCRIPTS[name]
+            within *= self.rng.uniform(*self.stops)
             origin = self.data.site(site).xpos.copy()
             for offset, grip in points:
                 speed = 0.08 if offset != points[-1][0] else 0.055
