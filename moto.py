@@ -732,7 +732,8 @@ class Policy(nn.Module):
 
         With a generator, latents and action are sampled, their deviations multiplied by cfg.latent_noise and
         cfg.explore; without, they are the means. With cfg.memory the filter begins anew so many images ago,
-        as it does in training with every sequence: it has never learned to go on for hundreds of steps.
+        as it does in training with every sequence: it has never learned to go on for hundreds of steps
+        (DEPARTURE).
         """
         device, model, cfg = self.updates.device, self.model, self.actor.cfg
 
@@ -1618,8 +1619,8 @@ def signals_wait():
             signal.signal(number, handler)
 
 
-MAY_CHANGE = {"logdir", "device", "cache", "data", "online_episodes", "eval_every", "eval_episodes",
-              "final_episodes", "save_every", "log_every", "compile", "precision", "workers", "memory"}    # on resuming
+MAY_CHANGE = {"logdir", "device", "cache", "data", "online_episodes", "eval_every", "eval_episodes", "memory",
+              "final_episodes", "save_every", "log_every", "compile", "precision", "workers"}   # on resuming
 
 
 def recorded(config):
@@ -1647,8 +1648,8 @@ def leads_up(cfg, reward):
     within `imitate_ahead` steps, the reward is higher than ever before in the episode (0: all).
 
     DEPARTURE, for data that do more than the task asks: a detour, or what comes after the last object, is in
-    the model's and the critics' data, but not what the policy is held to. Source: filtered behaviour cloning
-    (Chen et al. 2020, BAIL), by the step instead of by the episode.
+    the model's and the critics' data, but not what the policy is held to. Source: imitation of the best
+    actions alone, Chen et al. 2020 (BAIL); there a fitted return says which.
     """
     best = np.maximum.accumulate(np.append(0, reward))
     wait = np.flatnonzero(np.diff(best) > 0) - np.arange(len(reward))[:, None]       # 0: this action's own
