@@ -3024,7 +3024,7 @@ class Kitchen:
     """
     action_size, terminates, most_shown = 9, False, 3
     view = {"azimuth": 90, "elevation": -60, "distance": 1.86, "lookat": [-0.3, 0.5, 2.0]}
-    stops = [0.85, 1.1]                          # by chance between these times the distance in SCRIPTS
+    stops = [0.85, 1.1]                          # times the distance in SCRIPTS, by chance: where the work ends
     tasks = {"kitchen-partial": ("microwave", "kettle", "light switch", "slide cabinet"),
              "kitchen-mixed": ("microwave", "kettle", "bottom burner", "light switch")}
 
