@@ -114,8 +114,8 @@ class Config:
     pixel_prior: bool = opt(False, "a behaviour prior of its own, on --frames stacked images, says what to "
                                    "do in online states, too (DEPARTURE); off: the data alone say it")
     min_std: float = opt(0.05, "smallest deviation of the policy, before the tanh [DreamerV2: 0.1]")
-    imitate_ahead: int = opt(0, "steps: what raises the reward within so many is imitated (DEPARTURE); 0: all")
-    imitate_success: bool = opt(True, "online episodes as good as those join the offline data (DEPARTURE)")
+    imitate_ahead: int = opt(0, "steps: imitated is what raises the reward within so many (DEPARTURE); 0 all")
+    imitate_success: bool = opt(True, "online episodes as good as the demonstrations join them (DEPARTURE)")
     real_weight: float = opt(1.0, "weight of real transitions, Eq 11; 0: critics learn in imagination alone")
     value_weight: float = opt(1.0, "weight of the value in the actor's loss, Eq 14; 0: behaviour cloning")
     target_rate: float = opt(0.1, "Eq 12: step of the target critics towards the critics")
@@ -1644,7 +1644,7 @@ def merit(cfg, reward):
 
 
 def leads_up(cfg, reward):
-    """Which actions (L,) of an episode with these rewards (L,) the behaviour term imitates: those after which,
+    """Which actions (L,) of an episode with rewards (L,) the behaviour term imitates: those after which,
     within `imitate_ahead` steps, the reward is higher than ever before in the episode (0: all).
 
     DEPARTURE, for data that do more than the task asks: a detour, or what comes after the last object, is in
@@ -3024,7 +3024,7 @@ class Kitchen:
     """
     action_size, terminates, most_shown = 9, False, 3
     view = {"azimuth": 90, "elevation": -60, "distance": 1.86, "lookat": [-0.3, 0.5, 2.0]}
-    stops = [0.85, 1.1]                          # times the distance in SCRIPTS, by chance: where the work ends
+    stops = [0.85, 1.1]                          # times SCRIPTS' distance, by chance: where the work ends
     tasks = {"kitchen-partial": ("microwave", "kettle", "light switch", "slide cabinet"),
              "kitchen-mixed": ("microwave", "kettle", "bottom burner", "light switch")}
 
