@@ -114,7 +114,7 @@ class Config:
     pixel_prior: bool = opt(False, "a behaviour prior of its own, on --frames stacked images, says what to "
                                    "do in online states, too (DEPARTURE); off: the data alone say it")
     min_std: float = opt(0.05, "smallest deviation of the policy, before the tanh [DreamerV2: 0.1]")
-    imitate_ahead: int = opt(0, "steps: imitated is what raises the reward within so many (DEPARTURE); 0 all")
+    imitate_ahead: int = opt(0, "steps: imitated are stretches of so many or fewer to a higher reward (DEPARTURE); 0 all")
     imitate_success: bool = opt(True, "online episodes as good as the demonstrations join them (DEPARTURE)")
     real_weight: float = opt(1.0, "weight of real transitions, Eq 11; 0: critics learn in imagination alone")
     value_weight: float = opt(1.0, "weight of the value in the actor's loss, Eq 14; 0: behaviour cloning")
@@ -161,7 +161,7 @@ EXACT = HARD | dict(repr_weight=30.0, offline_updates=2000, online_episodes=100,
 def kitchens(**budget):
     """Franka Kitchen's two tasks: one protocol at any scale, and a budget."""
     protocol = dict(action_repeat=1, episode_steps=280, success_reward=4.0, demos=100, explore=0.25,
-                    imitate_ahead=60)
+                    imitate_ahead=65)
     return dict.fromkeys(("kitchen-partial", "kitchen-mixed"), protocol | budget)
 
 
@@ -1644,16 +1644,18 @@ def merit(cfg, reward):
 
 
 def leads_up(cfg, reward):
-    """Which actions (L,) of an episode with rewards (L,) the behaviour term imitates: those after which,
-    within `imitate_ahead` steps, the reward is higher than ever before in the episode (0: all).
+    """Which actions (L,) of an episode with rewards (L,) the behaviour term imitates: those of stretches of at
+    most `imitate_ahead` steps at whose end the reward is higher than ever before in the episode (0: all).
 
     DEPARTURE, for data that do more than the task asks: a detour, or what comes after the last object, is in
     the model's and the critics' data, but not what the policy is held to. Source: imitation of the best
     actions alone, Chen et al. 2020 (BAIL); there a fitted return says which.
     """
+    if not cfg.imitate_ahead:
+        return np.ones(len(reward), bool)
     best = np.maximum.accumulate(np.append(0, reward))
-    wait = np.flatnonzero(np.diff(best) > 0) - np.arange(len(reward))[:, None]       # 0: this action's own
-    return ((wait >= 0) & (wait < cfg.imitate_ahead)).any(1) | (cfg.imitate_ahead == 0)
+    took = np.diff(np.flatnonzero(np.diff(best) > 0), prepend=-1)             # steps from one rise to the next
+    return np.pad(np.repeat(took <= cfg.imitate_ahead, took), (0, len(reward) - took.sum()))
 
 
 class Run:
@@ -1758,16 +1760,18 @@ class Run:
         self.online = Replay(space, *shape, cfg.device)
         for episode in episodes:
             self.offline.add(episode, shown=leads_up(cfg, episode["reward"]))
-        merits = (merit(cfg, episode["reward"])[0] for episode in episodes)
-        self.good_enough = min((worth for worth in merits if worth > 0), default=math.inf)
+        peak = max(episode["reward"].max() for episode in episodes)
+        best = (e["reward"] for e in episodes if 0 < e["reward"].max() == peak)
+        self.good_enough = min((merit(cfg, reward)[0] for reward in best), default=math.inf)
         for index in range(self.state["episodes"]):
             self.add_online(index)
         self.clock("demonstrations", started)
 
     def add_online(self, index):
         """Bring a saved online episode into memory. DEPARTURE: one that is as good as the worst
-        demonstration also joins the offline data, and with it the behaviour prior, up to `demo_tail` steps
-        beyond its peak, as they do. (With slow successes the prior learns to hesitate and to miss.)"""
+        demonstration with the largest reward also joins the offline data, and with it the behaviour prior,
+        up to `demo_tail` steps beyond its peak, as they do. (With slow successes the prior learns to hesitate
+        and to miss; with halves of what was shown it has nothing to learn.)"""
         episode = load_episode(self.episode_path(index), self.cfg.image_size, self.env.action_size)
         self.online.add(episode, shown=False)
         worth, peak = merit(self.cfg, episode["reward"])

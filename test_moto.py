@@ -719,39 +719,39 @@ def test_successful_online_episodes_join_the_offline_data(dots, tmp_path, imitat
 
 
 def test_the_worth_of_an_episode_and_which_of_its_actions_lead_up():
-    """Worth: the mean reward up to the time limit had it kept its largest from the first time on. An action leads up if it, or one of the
-    `imitate_ahead` - 1 after it, brings more than there ever was; what was lost and is back does not count."""
+    """Worth: the mean reward up to the time limit had it kept its largest from the first time on. Actions lead up if no more than `imitate_ahead` of them,
+    since the last time or since the start, bring more than there ever was; what was lost and is back does not count, nor does what comes after."""
     for reward, worth, peak, ahead_2, ahead_3 in (([0, 0, 0, 0], 0, 0, "....", "...."), ([0, 1, 1], 11, 1, "xx.", "xx."), ([1, 1], 12, 0, "x.", "x."),
-                                                  ([0, 0, 0, 2], 18, 3, "..xx", ".xxx"), ([1, 1, 0], 12, 0, "x..", "x.."),
-                                                  ([0, 0, 0, 1, 0, 1, 1, 2, 0], 13, 7, "..xx..xx.", ".xxx.xxx.")):
+                                                  ([0, 0, 0, 2], 18, 3, "....", "...."), ([1, 1, 0], 12, 0, "x..", "x.."), ([0, 0, 1, 2], 19, 3, "...x", "xxxx"),
+                                                  ([0, 1, 0, 1, 1, 2, 0, 3, 3], 20, 7, "xx....xx.", "xx....xx.")):
         rewards = np.array(reward, np.float32)
         mean, at = moto.merit(tiny(), rewards)
-        assert (round(12 * mean), at) == (worth, peak)
+        assert (round(12 * mean), at) == (worth, peak), reward
         for ahead, marks in ((2, ahead_2), (3, ahead_3), (0, "x" * len(reward))):
             assert moto.leads_up(tiny(imitate_ahead=ahead), rewards).tolist() == [mark == "x" for mark in marks], (reward, ahead)
 
 
-@pytest.mark.parametrize("ahead", [0, 2])
+@pytest.mark.parametrize("ahead", [0, 4])
 def test_the_behaviour_term_imitates_what_leads_up(tmp_path, ahead):
     """The action is told from its neighbours by its value. The rest is in the model's and the critics' data all the same; what online is
-    as good as the worst demonstration that earns anything joins, and of it, too, what leads up is imitated."""
-    for index, reward in enumerate([[0, 0, 0, 0], [0, 0, 0, 1, 1], [1, 1, 0]]):              # worth, of 12 steps: 0, 9, 12
+    as good as the worst demonstration of those that earn the most joins, and of it, too, what leads up is imitated."""
+    for index, reward in enumerate([[0, 0, 0, 0], [0, 0, 0, 1, 1], [1, 1, 0, 0, 0, 0, 2]]):  # worth, of 12 steps: 0, 9, 14
         moto.save_episode(tmp_path / f"{index}.npz", np.zeros((len(reward) + 1, 16, 16, 3), np.uint8),
                           0.1 * index + 0.01 * np.arange(len(reward))[:, None].repeat(2, 1), reward)
-    run = moto.Run(tiny(data=str(tmp_path), logdir=str(tmp_path / "run"), online_episodes=2, imitate_ahead=ahead, reward_head="normal"))
+    run = moto.Run(tiny(data=str(tmp_path), logdir=str(tmp_path / "run"), online_episodes=3, imitate_ahead=ahead, reward_head="normal"))
     run.open_data()
-    assert run.offline.size == 15
-    for index, reward in enumerate(([0] * 4 + [1] + [0] * 7, [0] * 3 + [1, 1, 0] + [1] * 6)):          # worth 8, 9
+    assert run.offline.size == 19
+    for index, reward in enumerate(([0] * 4 + [1] + [0] * 7, [0] * 2 + [1] * 9 + [2], [0] * 3 + [2] + [1] * 8)):          # worth 8, 11, 18
         moto.save_episode(run.episode_path(index), np.zeros((13, 16, 16, 3), np.uint8), 0.5 + 0.1 * index + 0.01 * np.arange(12)[:, None].repeat(2, 1), reward)
         run.add_online(index)
-    assert not run.online.data["shown"].any() and run.offline.size == 15 + 13
+    assert not run.online.data["shown"].any() and run.offline.size == 19 + 13
     batch = {name: values[None, :run.offline.size] for name, values in run.offline.data.items()}
     batch = run.agent.arrive(batch)
     imitated = (100 * batch["imitate"][:, 1:, 0][batch["imitated"] > 0]).round().int().tolist()
     if ahead:
-        assert imitated == [12, 13, 20, 62, 63]
+        assert imitated == [10, 11, 12, 13, 20, 70, 71, 72, 73]
     else:
-        assert imitated == [0, 1, 2, 3, 10, 11, 12, 13, 14, 20, 21, 22, *range(60, 72)]
+        assert imitated == [0, 1, 2, 3, 10, 11, 12, 13, 14, *range(20, 27), *range(70, 82)]
     run.close()
 
 
