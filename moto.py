@@ -114,7 +114,7 @@ class Config:
     pixel_prior: bool = opt(False, "a behaviour prior of its own, on --frames stacked images, says what to "
                                    "do in online states, too (DEPARTURE); off: the data alone say it")
     min_std: float = opt(0.05, "smallest deviation of the policy, before the tanh [DreamerV2: 0.1]")
-    imitate_ahead: int = opt(0, "steps: imitated are stretches of so many or fewer to a higher reward (DEPARTURE); 0 all")
+    imitate_ahead: int = opt(0, "steps: imitate only stretches this short to a new high (DEPARTURE); 0: all")
     imitate_success: bool = opt(True, "online episodes as good as the demonstrations join them (DEPARTURE)")
     real_weight: float = opt(1.0, "weight of real transitions, Eq 11; 0: critics learn in imagination alone")
     value_weight: float = opt(1.0, "weight of the value in the actor's loss, Eq 14; 0: behaviour cloning")
