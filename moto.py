@@ -3221,7 +3221,7 @@ def draw_combination(cfg, env, agent, path, dreams=64, steps=200):
     axes[1].plot([0, *episode["reward"]], color="black", label="true reward: objects in place")
     axes[1].plot(predicted, color="tab:green", label="the model's")
     axes[3].plot(dreamt, color="tab:green", lw=0.6, alpha=0.5)
-    axes[3].plot(dreamt[:, best], color="tab:green", label=f"the model's, in {dreams} dreams (thick: this one)")
+    axes[3].plot(dreamt[:, best], color="black", label=f"the model's, in {dreams} dreams (black: this one)")
     for axis in (axes[1], axes[3]):
         axis.axhline(env.most_shown, color="tab:red", ls=":", label="the most in any demonstration")
         axis.set(ylim=(-0.3, 4.5), xlabel="agent step"), axis.legend(fontsize=8, loc="upper left")
