@@ -1771,7 +1771,7 @@ class Run:
         """Bring a saved online episode into memory. DEPARTURE: one that is as good as the worst
         demonstration with the largest reward also joins the offline data, and with it the behaviour prior,
         up to `demo_tail` steps beyond its peak, as they do. (With slow successes the prior learns to hesitate
-        and to miss; with halves of what was shown it has nothing to learn.)"""
+        and to miss; what is less than was shown has nothing to teach it.)"""
         episode = load_episode(self.episode_path(index), self.cfg.image_size, self.env.action_size)
         self.online.add(episode, shown=False)
         worth, peak = merit(self.cfg, episode["reward"])
