@@ -2143,7 +2143,8 @@ def draw_prediction(agent, episode, path, steps=44, every=4):
     t = t[t >= seen]
     axes[3].plot(t, u[t], ".-", color="tab:red", label="disagreement u (1: its mean on the data)")
     axes[3].axvspan(extent[0], seen - 0.5, color="tab:blue", alpha=0.15, label="images are seen")
-    axes[3].set(xticks=shown, ylim=(-0.05, 1.3 * max(1, *u)), xlim=extent[:2],
+    axes[3].margins(y=0.3)
+    axes[3].set(xticks=shown, xlim=extent[:2],
                 xlabel="agent step (after the white line the model sees actions, no images)")
     axes[3].legend(fontsize=8, loc="upper left", ncols=4)
     axes[0].set_title("Open-loop video prediction of an episode it was not trained on", fontsize=10)
