@@ -1709,25 +1709,33 @@ def test_kitchen_scripts_do_their_sub_tasks_and_never_the_whole_task(kitchen):
     for seed in range(200):
         kitchen.rng = np.random.default_rng(seed)
         drawn.append(tuple(kitchen.draw_sequence()))
-    assert all(len(set(s)) == 4 and set(s) != set(kitchen.targets) for s in drawn) and len(set(drawn)) > 50
+    assert all(len(set(s)) == 4 and len(set(s) & set(kitchen.targets)) == 3 for s in drawn) and len(set(drawn)) > 20
     assert {name for s in drawn for name in s} == set(moto.SCRIPTS)
+    missing = [name for s in drawn for name in set(kitchen.targets) - set(s)]
+    assert min(map(missing.count, kitchen.targets)) > 30                        # each of the four is now and then the one that is not shown
 
 
 @needs_kitchen
-def test_kitchen_sub_tasks_are_not_always_left_off_at_the_same_point(kitchen):
-    """How near to its goal the kettle gets, after the microwave: with one and the same stop it is the same within 2 cm."""
-    from gymnasium_robotics.envs.franka_kitchen import kitchen_env
-    least = []
-    for seed in range(6):
+@pytest.mark.parametrize("name", ["kettle", "bottom burner"])
+def test_kitchen_scripts_forgive_a_policy_that_is_late(kitchen, name):
+    """The last push, kept up for ten steps after the object is in place, leaves it there: the kettle upright, the knob not turned beyond."""
+    site, points, _ = moto.SCRIPTS[name]
+    late = []
+    for seed in range(4):
         rng = np.random.default_rng(seed)
         kitchen.reset([0, 0, seed])
-        kitchen.sequence, far = ["microwave", "kettle"], []
-        for _ in range(105):
-            kitchen.env.step(np.clip(kitchen.scripted_action() + 0.1 * rng.standard_normal(9), -1, 1))
-            far.append(np.linalg.norm(kitchen.data.qpos[kitchen_env.OBS_ELEMENT_INDICES["kettle"]] - kitchen_env.OBS_ELEMENT_GOALS["kettle"]))
-        least.append(min(far))
-    assert max(least) < 0.3 and np.ptp(least) > 0.03, least
-    assert kitchen.describe()["stops"] == kitchen.stops                        # so that demonstrations made with others are not taken for these
+        origin, after = kitchen.data.site(site).xpos.copy(), 0
+        *way, last = [(origin + offset, grip) for offset, grip in points]
+        push = kitchen.reach(*last, 0.055, near=0, most=100)
+        for leg in [*(kitchen.reach(*point, 0.08) for point in way), push]:
+            for a in leg:
+                kitchen.env.step(np.clip(a + 0.1 * rng.standard_normal(9), -1, 1))
+                after += bool(after or kitchen.in_place(name))
+                if after == 11:
+                    break
+        late.append(after == 11 and kitchen.in_place(name))
+    assert all(late), late
+    assert kitchen.describe()["scripts"] == moto.SCRIPTS                       # so that demonstrations made with others are not taken for these
 
 
 @needs_kitchen
