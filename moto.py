@@ -2998,7 +2998,7 @@ KITCHEN_EXTRA = "pip install gymnasium-robotics==1.4.2 'minari[hdf5]==0.5.4' (th
 OPEN, SHUT = 1.0, -1.0                                               # the action of both fingers
 # Object: the site that its way-points are relative to (m, world axes); the way-points with what the fingers do
 # there, where the work ends last; where to back off. A policy is less exact than a script, and later: a push
-# goes through the middle of what was measured to work, and one that is kept up for ten steps does no harm.
+# goes through the middle of what was measured to work, and the kettle's does no harm when it is kept up.
 SCRIPTS = {
     "microwave": ("microhandle_site",
                   [((.10, -.25, 0), OPEN), ((.03, -.15, 0), OPEN), ((.03, 0, 0), OPEN), ((.03, 0, 0), SHUT),
