@@ -3103,7 +3103,7 @@ class Kitchen:
             yield np.zeros(9)
 
     def reach(self, target, fingers, speed, near=0.03, done=lambda: False, most=40):
-        """Actions towards a point (3,), at `speed` m a step, until there or done().
+        """Actions towards a point (3,), at `speed` m a step, until within `near` m of it or done().
 
         Damped least squares for the seven joints, a twentieth of the way back to the first posture in what
         that leaves free, and near the target an integral term: the joints sag. Fingers get four steps.
