@@ -2996,9 +2996,9 @@ def main(argv=None):
 
 KITCHEN_EXTRA = "pip install gymnasium-robotics==1.4.2 'minari[hdf5]==0.5.4' (the extra for Franka Kitchen)"
 OPEN, SHUT = 1.0, -1.0                                               # the action of both fingers
-# Object: the site that its way-points are relative to (m, world axes); the way-points with what the fingers do
-# there, where the work ends last; where to back off. A policy is less exact than a script, and later: a push
-# goes through the middle of what was measured to work, and the kettle's does no harm when it is kept up.
+# Object: the site that its way-points are relative to (m, world axes); the way-points with what the fingers
+# do there, where the work ends last; where to back off. A policy is less exact than a script, and later: a
+# push goes through the middle of what was measured to work, and the kettle's does no harm when it is kept up.
 SCRIPTS = {
     "microwave": ("microhandle_site",
                   [((.10, -.25, 0), OPEN), ((.03, -.15, 0), OPEN), ((.03, 0, 0), OPEN), ((.03, 0, 0), SHUT),
@@ -3088,16 +3088,15 @@ class Kitchen:
     def play_script(self):
         """The actions (9,) of a sequence of sub-tasks, then rest: one by one, as the scene changes.
 
-        A sub-task ends where the hand has arrived, slowly and within a centimetre, or half as far from the goal
-        as counts as in place. Where it ended in full swing, a policy late by a step would push on.
+        A sub-task ends where the hand has arrived, slowly and within a centimetre, or half as far from the
+        goal as counts as in place. Where it ended in full swing, a policy late by a step would push on.
         """
         for name in self.sequence:
-            site, points, (back, fingers) = SCRIPTS[name]
+            site, (*way, (end, grip)), (back, fingers) = SCRIPTS[name]
             origin = self.data.site(site).xpos.copy()
-            for offset, grip in points[:-1]:
-                yield from self.reach(origin + offset, grip, 0.08)
-            offset, grip = points[-1]
-            yield from self.reach(origin + offset, grip, 0.055, 0.01, lambda: self.in_place(name, 0.15))
+            for offset, held in way:
+                yield from self.reach(origin + offset, held, 0.08)
+            yield from self.reach(origin + end, grip, 0.055, 0.01, lambda: self.in_place(name, 0.15))
             yield from self.reach(self.data.site("end_effector").xpos + back, fingers, 0.08, most=12)
         while True:
             yield np.zeros(9)

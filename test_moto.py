@@ -2,7 +2,7 @@
 
     python -m pytest -q test_moto.py
 """
-import copy, dataclasses, importlib.util, inspect, json, math, os, re, shutil, signal, socket, subprocess, sys
+import copy, dataclasses, importlib.util, inspect, itertools, json, math, os, re, shutil, signal, socket, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -1726,12 +1726,11 @@ def test_kitchen_kettle_script_forgives_a_policy_that_is_late(kitchen):
         origin, after = kitchen.data.site(site).xpos.copy(), 0
         *way, last = [(origin + offset, grip) for offset, grip in points]
         push = kitchen.reach(*last, 0.055, near=0, most=100)
-        for leg in [*(kitchen.reach(*point, 0.08) for point in way), push]:
-            for a in leg:
-                kitchen.env.step(np.clip(a + 0.1 * rng.standard_normal(9), -1, 1))
-                after += bool(after or kitchen.in_place("kettle"))
-                if after == 11:
-                    break
+        for a in itertools.chain(*(kitchen.reach(*point, 0.08) for point in way), push):
+            kitchen.env.step(np.clip(a + 0.1 * rng.standard_normal(9), -1, 1))
+            after += bool(after or kitchen.in_place("kettle"))
+            if after == 11:
+                break
         late.append(after == 11 and kitchen.in_place("kettle"))
     assert all(late), late
     assert kitchen.describe()["scripts"] == moto.SCRIPTS                       # so that demonstrations made with others are not taken for these
