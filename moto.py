@@ -1789,6 +1789,7 @@ def exit_if_asked():
 def signals_wait():
     """Inside, Ctrl-C and SIGTERM wait for the next step boundary (minutes, while torch.compile is at work); a
     second one does not. In a thread signals are not the program's, and nothing changes."""
+    asked["signal"] = None
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -1798,7 +1799,6 @@ def signals_wait():
             raise KeyboardInterrupt
         asked["signal"] = number
         os.write(2, b"\nmoto: stopping after this step; Ctrl-C again: at once\n")     # print is not safe here
-    asked["signal"] = None
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -3002,10 +3002,10 @@ def check_use(given):
     command, *others = [name for name in USES if name in given] or [""]
     if others:
         raise Trouble(f"--{command} and --{others[0]} are two commands; give one of them")
-    for name in given.keys() - USES[command] - {command}:
+    for name in sorted(given.keys() - USES[command] - {command}):
         users = [f"--{user}" if user else "training" for user, flags in USES.items() if name in flags]
         raise Trouble(f"--{name.replace('_', '-')} is not used by {f'--{command}' if command else 'training'}, "
-                      f"only by {' and '.join(users)}; leave it out")
+                      f"only by {', '.join(users)}; leave it out")
 
 
 def build_config(**given):

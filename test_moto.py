@@ -1716,7 +1716,7 @@ def test_runs_are_grouped_by_configuration_and_those_without_a_score_left_out(fi
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--evaluate", "RUN", "--seed", "7"], ["--seed", "--evaluate", "--sweep and training"]),
+    (["--evaluate", "RUN", "--seed", "7"], ["--seed", "--evaluate", "--sweep, training"]),
     (["--evaluate", "RUN", "--plot", "RUN"], ["--evaluate", "--plot", "two commands"]),
     (["--plot", "RUN", "--alpha", "2"], ["--alpha", "--plot"]),
     (["--episodes", "3"], ["--episodes", "training", "--evaluate"]),
