@@ -2,7 +2,7 @@
 
     python moto.py --task drawer-open                      # demonstrate, pre-train, fine-tune, draw
     python moto.py --task hammer --variant no-unc          # an ablation; the same command again resumes a run
-    python moto.py --evaluate results/drawer-open          # score a checkpoint on fresh episodes, draw a GIF
+    python moto.py --evaluate experiments/agents/drawer-open  # score a checkpoint on fresh episodes
     python moto.py --sweep --tasks hammer drawer-open --variants moto bc --seeds 0 1 2 --jobs 2
     python moto.py --plot runs/*-seed*                     # learning curves and a table of many runs
     python moto.py --bench                                 # where the time goes on this machine

@@ -645,8 +645,9 @@ def test_explore_scales_the_deviation_of_sampled_actions_and_nothing_else(varian
 def test_a_published_agent_opens_with_the_settings_it_was_made_with(name, monkeypatch):
     """Also one that is older than a field which its task's preset now sets."""
     monkeypatch.setattr(moto, "Run", lambda cfg, fresh_ok: cfg)
-    config = torch.load(HERE / "results" / name / "checkpoint.pt", map_location="cpu", weights_only=True)["config"]
-    assert moto.differences(config, moto.open_run(HERE / "results" / name)) == []
+    folder = HERE / "experiments/agents" / name
+    config = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)["config"]
+    assert moto.differences(config, moto.open_run(folder)) == []
 
 
 @pytest.mark.parametrize("ends", [True, False])
@@ -1345,8 +1346,9 @@ def test_a_sweep_through_submitit(dots, tmp_path, capsys):
 
 
 def test_a_reader_that_stops_reading_is_no_error(tmp_path):
-    """As in `python moto.py --plot results/*-seed* | head -3`."""
-    shutil.copytree(HERE / "results/drawer-open-bc-seed3", tmp_path / "drawer-open-bc-seed3")
+    """As in `python moto.py --plot experiments/runs/*-seed* | head -3`."""
+    name = "drawer-open-bc-seed3"
+    shutil.copytree(HERE / "experiments/runs" / name, tmp_path / name)
     process = subprocess.Popen([sys.executable, HERE / "moto.py", "--plot", tmp_path / "drawer-open-bc-seed3"], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": ""})
     process.stdout.close()                                           # before it has written anything
