@@ -2,6 +2,7 @@
 
     python moto.py --task drawer-open                      # demonstrate, pre-train, fine-tune, draw
     python moto.py --task hammer --variant no-unc          # an ablation; the same command again resumes a run
+    python experiments/baselines.py --variant iql          # or cql, or sac: without a model
     python moto.py --evaluate experiments/agents/drawer-open  # score a checkpoint on fresh episodes
     python moto.py --sweep --tasks hammer drawer-open --variants moto bc --seeds 0 1 2 --jobs 2
     python moto.py --plot runs/*-seed*                     # learning curves and a table of many runs
@@ -25,8 +26,8 @@ The algorithm in ten lines:
     8.     actor: raise the expanded value through the model, and stay near the demonstrations (Eq 13, 14, 15)
     9. Theorem B.1 says why lowering the reward is safe (Eq 16, on a table)
 
-Read forward: the mathematics first, then the model-free baselines (BC, IQL, CQL, SAC), then the plumbing
-(files, simulators, pictures, sweeps, command line).
+Read forward: the mathematics first, then behaviour cloning, then the plumbing (files, simulators,
+pictures, sweeps, command line).
 
 Axes:    B batch, T time, H horizon, K ensemble, A action, E embedding, D deterministic, S stochastic,
          F = D + S (feature), N = B * T, P pixels a side, L steps of an episode.
@@ -126,9 +127,6 @@ class Config:
     grad_clip: float = opt(100.0, "largest norm of each optimiser's gradient")
     # The model-free baselines
     frames: int = opt(3, "images stacked, in the baselines [paper: 3] and the behaviour prior")
-    expectile: float = opt(0.5, "IQL: expectile of V [paper: 0.5]")
-    temperature: float = opt(3.0, "IQL: sharpness of the advantage's weight [paper: 3]")
-    cql_weight: float = opt(5.0, "CQL: weight of the conservative term [paper: 5]; 0 is SAC")
     # Loops
     offline_updates: int = opt(500, "N, updates before the first online episode [paper: 1000 on Meta-World]")
     online_episodes: int = opt(45, "online episodes [paper: up to 500]")
@@ -182,11 +180,9 @@ VARIANTS = {
     "no-bc": NO_BC,
     "no-bc-no-unc": NO_BC | dict(alpha=0.0),
     "dreamerv2": NO_BC | dict(alpha=0.0, real_weight=0.0),                      # nor real transitions
-    "bc": dict(online_episodes=0),                                              # these four have no model
-    "iql": {},
-    "cql": {},
-    "sac": dict(cql_weight=0.0),
+    "bc": dict(online_episodes=0),                                              # without a model
 }
+BASELINES = "iql", "cql", "sac"        # experiments/baselines.py adds them to VARIANTS and LEARNERS
 
 
 class Trouble(Exception):
@@ -984,7 +980,7 @@ class Agent(Learner):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The model-free baselines: the same encoder, actor, critics, replay and loops, without a model
+# Behaviour cloning: the same actor, replay and loops, without a model
 # ------------------------------------------------------------------------------------------------------------
 
 def stacked(image, first, frames):
@@ -1029,23 +1025,14 @@ class StackPolicy(Policy):
 
 
 class BC(Learner):
-    """Behaviour cloning from stacked frames: Eq 13 alone. The trunk of the baselines with critics, below:
-    StackEncoder and Actor. What trains the encoder is said by each class."""
+    """Behaviour cloning from stacked frames: Eq 13 alone, which trains encoder and actor."""
     promise, trunk = None, "encoder"
 
     def __init__(self, cfg, action_size, terminates, device, compiled=False):
         super().__init__(cfg, device)
         encoder, actor = StackEncoder(cfg), Actor(cfg, action_size)
-        self.prepare(self.rates(cfg), encoder=encoder, actor=actor, acting=StackPolicy(encoder, actor),
-                     **self.more(cfg, action_size))
-
-    def rates(self, cfg):
-        """Learning rates by module."""
-        return {"encoder": cfg.actor_lr, "actor": cfg.actor_lr}
-
-    def more(self, cfg, action_size):
-        """Further modules of a subclass, by name."""
-        return {}
+        self.prepare({"encoder": cfg.actor_lr, "actor": cfg.actor_lr}, encoder=encoder, actor=actor,
+                     acting=StackPolicy(encoder, actor))
 
     def update(self, batch):
         """One step of everything; as Agent.update."""
@@ -1054,8 +1041,6 @@ class BC(Learner):
             loss, metrics = self.losses(feat, batch)
         metrics |= self.step(loss, *self.optimisers)
         self.acting.follow(self.encoder, self.actor, self.cfg.acting_rate)
-        if "critic" in self.modules:
-            update_target(self.target, self.critic, self.cfg.target_rate)
         return as_numbers(metrics)
 
     def losses(self, feat, batch):
@@ -1064,108 +1049,7 @@ class BC(Learner):
         return behaviour, {"actor/behaviour_nll": behaviour}
 
 
-def expectile_loss(error, expectile, weight):
-    """L_tau(error) = |tau - 1(error < 0)| error^2, weighted mean: tau = 1/2 is half the mean square. IQL."""
-    return weighted_mean((expectile - (error < 0).float()).abs() * error.square(), weight)
-
-
-class IQL(BC):
-    """Implicit Q-learning, Kostrikov et al. 2021: no action outside the data is ever asked for its value.
-
-        V: expectile regression of Q(s, a) on the data;   Q(s, a) -> r + gamma V(s')
-        actor: maximise exp(temperature (Q - V)) ln pi(a|s), the weight at most 100
-
-    All three losses train the encoder, at the actor's rate: at three times that, the large weights of the
-    first updates drove its tanh into saturation, and the policy forgot to look (0 instead of 95 % offline).
-    """
-
-    def rates(self, cfg):
-        return super().rates(cfg) | {"critic": cfg.critic_lr, "value": cfg.critic_lr}
-
-    def more(self, cfg, action_size):
-        critic = Critic(cfg, action_size)
-        return {"critic": critic, "target": copy.deepcopy(critic).requires_grad_(False),
-                "value": mlp(cfg.deter + cfg.stoch, cfg.hidden, 1)}
-
-    def losses(self, feat, batch):
-        cfg, a, leaves, unit = self.cfg, batch["a"][:, 1:], batch["leaves"], self.critic.unit
-        q = self.target(feat[:, :-1].detach(), a).min(0).values
-        V = unit * self.value(feat).float().squeeze(-1)
-        advantage = q - V[:, :-1]
-        value = expectile_loss(advantage / unit, cfg.expectile, leaves)
-        y = critic_target(batch["r"], batch["terminal"], V, cfg.gamma)
-        critic = critic_loss(self.critic(feat[:, :-1], a), y, leaves, unit)
-        worth = (cfg.temperature * advantage.detach()).exp().clamp(max=100)
-        nll = action_nll(self.actor, feat, batch["a"])
-        actor = weighted_mean(worth * nll, leaves)
-        return value + critic + actor, {
-            "actor/behaviour_nll": weighted_mean(nll, batch["imitated"]), "critic/real": critic,
-            "critic/value": value, "actor/value": V.mean() / unit,
-            "actor/weight": weighted_mean(worth, leaves)}
-
-    @torch.no_grad()
-    def promise(self, image):
-        """What the critics promise at an episode's first image (P, P, 3), in units of 1 / (1 - gamma)."""
-        a, frames = self.acting.act(image)
-        feat, a = self.encoder(torch.cat(frames, 1)), torch.as_tensor(a, device=self.device)[None]
-        return float(self.target(feat, a).min() / self.target.unit)
-
-
-class CQL(IQL):
-    """Conservative Q-learning, Kumar et al. 2020, on soft actor-critic; with weight 0 it is SAC itself.
-
-        Q(s, a) -> r + gamma (min Q(s', a') - tau ln pi(a'|s')),  a' ~ pi       plus, for each critic,
-        cql_weight * E[ln integral of exp Q(s, .) - Q(s, a)]: actions of the data above all others
-        actor: maximise min Q(s, a) - tau ln pi(a|s);   tau such that the entropy nears -A
-
-    The integral is estimated from ten uniform actions, ten of pi at s and ten of pi at s', each divided by
-    its density. The critics' loss alone trains the encoder (DrQ).
-    """
-    samples = 10
-
-    def rates(self, cfg):
-        return BC.rates(self, cfg) | {"critic": cfg.critic_lr, "log_tau": cfg.actor_lr}
-
-    def more(self, cfg, action_size):
-        log_tau = nn.ParameterList([nn.Parameter(torch.tensor(math.log(0.1)))])
-        return {name: m for name, m in super().more(cfg, action_size).items() if name != "value"} | {
-            "log_tau": log_tau}
-
-    def losses(self, feat, batch):
-        cfg, a, leaves, unit = self.cfg, batch["a"][:, 1:], batch["leaves"], self.critic.unit
-        still, (log_tau,) = feat.detach(), self.log_tau
-        policy = self.actor(still)
-        mine, logp = policy.rsample(torch.randn_like(policy.mean))                       # (B, T', A), (B, T')
-        V = (self.target(still, mine).min(0).values - log_tau.exp() * logp).detach()
-        y = critic_target(batch["r"], batch["terminal"], V, cfg.gamma)
-        q = self.critic(feat[:, :-1], a)
-        critic, gap = critic_loss(q, y, leaves, unit), q.new_zeros(())
-        if cfg.cql_weight:
-            gap = sum(weighted_mean(others - data, leaves)
-                      for others, data in zip(self.integral(feat, policy), q)) / unit ** 2     # as `critic`
-        with frozen(self.critic):
-            hope = self.critic(still, mine).min(0).values
-        actor = (log_tau.exp().detach() * logp - hope).mean() / unit
-        balance = -log_tau * (logp.detach() - a.shape[-1]).mean()
-        return critic + cfg.cql_weight * gap + actor + balance, {
-            "actor/behaviour_nll": behaviour_loss(self.actor, still, batch["a"], batch["imitated"]),
-            "critic/real": critic, "critic/gap": gap * unit ** 2, "actor/value": hope.mean() / unit,
-            "actor/entropy": -logp.mean(), "actor/tau": log_tau.exp()}
-
-    def integral(self, feat, policy):
-        """ln of the integral of exp Q(s, a) over a in [-1, 1]^A, for each critic: (2, B, T'-1)."""
-        B, T, A = policy.mean.shape
-        with torch.no_grad():
-            mine, logp = policy.rsample(torch.randn(self.samples, B, T, A, device=feat.device))
-            uniform = torch.rand_like(mine) * 2 - 1
-        actions = torch.cat([uniform[:, :, :-1], mine[:, :, :-1], mine[:, :, 1:]])        # (3 n, B, T'-1, A)
-        log_density = torch.cat([torch.full_like(logp[:, :, :-1], -A * math.log(2)),
-                                 logp[:, :, :-1], logp[:, :, 1:]])
-        q = self.critic(feat[:, :-1].expand(len(actions), -1, -1, -1), actions)
-        return (q - log_density).logsumexp(1) - math.log(len(actions))
-
-
-LEARNERS = {"bc": BC, "iql": IQL, "cql": CQL, "sac": CQL}               # every other variant: Agent
+LEARNERS = {"bc": BC}                                                   # every other variant: Agent
 
 
 def make_learner(cfg, action_size, terminates, device, compiled=False):
@@ -2286,7 +2170,8 @@ def plot(logdirs):
     A panel per task, a line per variant (and number of demonstrations), mean and range over seeds.
     """
     runs = [read_run(logdir) for logdir in logdirs]
-    tasks, demos, order = {}, {}, {name: index for index, name in enumerate(VARIANTS)}
+    tasks, demos = {}, {}
+    order = {name: index for index, name in enumerate((*VARIANTS, *BASELINES))}
     for config, _ in runs:
         demos.setdefault(config["task"], set()).add(config["demos"])
     for config, rows in sorted(runs, key=lambda run: (order.get(run[0]["variant"], 99), run[0]["demos"])):
@@ -2713,6 +2598,9 @@ def parse(argv):
 def build_config(**given):
     """Config: explicit values over the variant's over the task's over the preset's over the defaults.
     Raises Trouble."""
+    if given.get("variant") in BASELINES and given["variant"] not in VARIANTS:
+        raise Trouble(f"the variant {given['variant']} lives in experiments/baselines.py; repeat "
+                      "the command with python experiments/baselines.py in place of python moto.py")
     for name, known in (("preset", [*PRESETS, "auto"]), ("variant", [*VARIANTS])):
         if given.setdefault(name, known[-1] if name == "preset" else known[0]) not in known:
             raise Trouble(f"unknown {name} {given[name]!r}; {nearest(given[name], known)}")
@@ -2777,14 +2665,13 @@ def reuse_memory():
 
 AT_LEAST = {0: ("seed", "workers", "demo_noise", "demo_tail", "free_nats", "kl_scale", "reward_scale",
                 "repr_weight", "alpha", "beta", "eta", "real_weight", "value_weight", "offline_updates",
-                "online_episodes", "shift", "temperature", "cql_weight", "explore", "latent_noise",
-                "imitate_ahead", "memory"),
+                "online_episodes", "shift", "explore", "latent_noise", "imitate_ahead", "memory"),
             1: ("action_repeat", "supersample", "episode_steps", "demos", "batch", "channels", "deter",
                 "stoch", "hidden", "ensemble", "horizon", "updates_per_episode", "eval_every",
                 "eval_episodes", "final_episodes", "log_every", "save_every", "frames"),
             2: ("length",)}
 SHARES = ("gamma", "lam", "forget", "kl_balance", "decode", "offline_fraction", "target_rate", "acting_rate",
-          "lag", "expectile")
+          "lag")
 POSITIVE = ("min_std", "model_lr", "actor_lr", "critic_lr", "grad_clip", "decode")
 
 
