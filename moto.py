@@ -6,7 +6,7 @@
     python moto.py --evaluate experiments/agents/drawer-open  # score a checkpoint on fresh episodes
     python moto.py --sweep --tasks hammer drawer-open --variants moto bc --seeds 0 1 2 --jobs 2
     python moto.py --plot runs/*-seed*                     # learning curves and a table of many runs
-    python moto.py --bench                                 # where the time goes on this machine
+    python experiments/bench.py                            # where the time goes on this machine
     python moto.py --help                                  # every number, its symbol, where it comes from
 
 The paper: Rafailov, Hatch, Kolev, Martin, Phielipp, Finn, "MOTO: Offline Pre-training to Online Fine-tuning
@@ -1314,15 +1314,6 @@ class MetaWorld:
         self.demonstrated = success
         return self.render(), float(success), False, False, success
 
-    def default_env(self):
-        """The same task as Gymnasium renders it by default, for comparison. This one can then render no more:
-        two OpenGL contexts in one process slow each other down."""
-        self.camera.close()
-        env = type(self.env)(seed=0, render_mode="rgb_array")
-        env.seeded_rand_vec, env._freeze_rand_vec = True, False
-        env.reset()
-        return env
-
     def scripted_action(self):
         """The scripted policy's action for the present state, clipped (4,)."""
         observation = self.observation.copy()              # SHARP: door-open's policy edits its input
@@ -1372,9 +1363,6 @@ class GymTask:
             if terminal or truncated:
                 break
         return self.render(), total, bool(terminal), bool(terminal or truncated), success
-
-    def default_env(self):
-        return self.env
 
     def render(self):
         from PIL import Image
@@ -2341,217 +2329,10 @@ def last_words(log):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Bench: where the time goes, against what the machine can do
-# ------------------------------------------------------------------------------------------------------------
-
-def medians(calls, repeat, device):
-    """Time each of a dict of calls `repeat` times, taking turns, so that a busy moment of the machine hits
-    all of them alike -> dict of the median seconds."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    taken = {name: [] for name in calls}
-    for _ in range(repeat):
-        for name, call in calls.items():
-            wait()
-            started = time.perf_counter()
-            call()
-            wait()
-            taken[name].append(time.perf_counter() - started)
-    return {name: float(np.median(values)) for name, values in taken.items()}
-
-
-def flops(call):
-    """Floating-point operations of one call, by torch's own counter: products and convolutions only."""
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
-
-
-def measured_peak(cfg):
-    """Floating-point operations per second of this machine in cfg's number format: the best of some matrix
-    products, each the median of many."""
-    kind = torch.bfloat16 if cfg.precision == "bfloat16" else torch.float32
-    sizes = (2048, 4096, 8192) if cfg.device.startswith("cuda") else (512, 1024, 2048)
-    squares = {n: torch.randn(n, n, device=cfg.device).to(kind) for n in sizes}
-    calls = {n: (lambda m: lambda: m @ m)(m) for n, m in squares.items()}
-    medians(calls, 3, cfg.device)
-    return max(2 * n ** 3 / seconds for n, seconds in medians(calls, 15, cfg.device).items())
-
-
-def synthetic_replay(cfg, episodes):
-    """A replay of random images, actions and rewards, for timing alone."""
-    L, P, A, rng = cfg.episode_steps, cfg.image_size, 4, np.random.default_rng(0)
-    store = Replay(episodes * (L + 1), P, A, cfg.device)
-    for _ in range(episodes):
-        store.add({"image": rng.integers(0, 256, (L + 1, P, P, 3), np.uint8), "terminal": False,
-                   "action": rng.uniform(-0.9, 0.9, (L, A)).astype(np.float32),
-                   "reward": (rng.random(L) < 0.1).astype(np.float32)}, shown=True)
-    return store
-
-
-def learner(cfg, compiled=False, warm=3):
-    """An agent, and a call that updates it once on synthetic data; some updates warm it up."""
-    agent, store = Agent(cfg, 4, False, cfg.device, compiled), synthetic_replay(cfg, 10)
-    rng = np.random.default_rng(0)
-    update = lambda: agent.update(store.sample(rng, cfg.batch, cfg.length))
-    for _ in range(warm):
-        update()
-    return agent, update
-
-
-def bench_forms(cfg, repeat=15):
-    """Updates per second and share of the measured peak, of the plain float32 form, of this config without
-    compiling, and of it compiled. Their updates take turns. Returns operations per update, and the rows."""
-    plain = dataclasses.replace(cfg, precision="float32", compile=False)
-    forms, calls, start = {"plain": (plain, False), "eager": (cfg, False)}, {}, {}
-    if cfg.compile and can_compile(cfg):
-        forms["compiled"] = cfg, True
-    for name, (form, compiled) in forms.items():
-        started = time.perf_counter()
-        calls[name] = learner(form, compiled)[1]
-        start[name] = time.perf_counter() - started
-    count, taken = flops(calls["plain"]), medians(calls, repeat, cfg.device)
-    peak = {form.precision: measured_peak(form) for form in (plain, cfg)}
-    return count, {name: {
-        "precision": form.precision, "updates_per_second": 1 / taken[name],
-        "speedup_over_eager_fp32": taken["plain"] / taken[name],
-        "peak_gflops": peak[form.precision] / 1e9,
-        "fraction_of_peak": count / taken[name] / peak[form.precision],
-        "seconds_to_start": start[name]} for name, (form, _) in forms.items()}
-
-
-def bench_parts(cfg, repeat=10):
-    """Milliseconds and operations of the parts of one update (forward and backward), without compiling."""
-    (agent, update), store, rng = learner(cfg), synthetic_replay(cfg, 10), np.random.default_rng(0)
-    model, B, T, D, device = agent.model, cfg.batch, cfg.length, cfg.deter, cfg.device
-    sample = lambda: store.sample(rng, B, T)
-    x, batch = to_image(sample()["image"], plain=not cfg.compile).flatten(0, 1), agent.arrive(sample())
-    feat = torch.randn(B, T, D + cfg.stoch, device=device)
-    start, embed = feat.flatten(0, 1), torch.randn(B, T, cfg.hidden, device=device, requires_grad=True)
-    H = cfg.horizon
-    states, actions = start.expand(H + 1, -1, -1), torch.zeros(H + 1, B * T, 4, device=device)
-    everything = lambda values: sum(value.float().sum() for value in values)
-
-    def both_ways(forward, *constant):
-        def call():
-            with frozen(*constant), agent.autocast():
-                loss = forward()
-            loss.backward()
-        return call
-
-    def optimisers():
-        for name, optimiser in agent.optimisers.items():
-            nn.utils.clip_grad_norm_(agent.modules[name].parameters(), cfg.grad_clip)
-            optimiser.step()
-        update_target(agent.target, agent.critic, cfg.target_rate)
-        agent.acting.follow(model, agent.actor, cfg.acting_rate)
-    calls = {
-        "whole update": update, "optimisers": optimisers, "data": sample,
-        "encoder": both_ways(lambda: model.encoder(x).float().sum()),
-        "recurrent pass": lambda: sum(                               # one for the model, one to forget
-            everything(model.filter(embed * 1, batch["a"], batch["first"]))
-            for _ in range(1 + bool(cfg.forget))).backward(),
-        "model": both_ways(lambda: agent.model_terms(batch)[0], agent.actor),
-        "imagination": both_ways(lambda: everything(
-            imagine(model, agent.actor, start[:, :D], start[:, D:], H).values()), model),
-        "critic": both_ways(lambda: agent.critic(states, actions).sum()),
-        "policy": both_ways(lambda: agent.policy_terms(feat, feat, batch)[0], model)}
-    medians(calls, 2, device)
-    ms = {name: 1e3 * seconds for name, seconds in medians(calls, repeat, device).items()}
-    gflop = {name: flops(call) / 1e9 for name, call in calls.items()}
-    for values in ms, gflop:
-        values["decoder and model loss"] = values.pop("model") - values["encoder"] - values["recurrent pass"]
-        values["actor"] = values.pop("policy") - values["imagination"] - values["critic"]
-    order = ("data", "encoder", "recurrent pass", "decoder and model loss", "imagination", "critic", "actor",
-             "optimisers", "whole update")
-    return {name: {"ms": ms[name], "gflop": gflop[name]} for name in order}
-
-
-def bench_growth(cfg, repeat=4):
-    """Milliseconds per update at half, at once and at twice each size, the others as configured; and per
-    sampled batch with 10, 100 and 1,000 episodes in the replay."""
-    table = {}
-    for label, names in {"batch B": ["batch"], "sequence length T": ["length"], "ensemble K": ["ensemble"],
-                         "horizon H": ["horizon"], "width": ["channels", "deter", "stoch", "hidden"]}.items():
-        calls = {}
-        for factor in (0.5, 1, 2):
-            sizes = {name: max(2, round(factor * getattr(cfg, name))) for name in names}
-            calls[f"{factor:g}x"] = learner(dataclasses.replace(cfg, **sizes), warm=1)[1]
-        table[label] = {size: 1e3 * value for size, value in medians(calls, repeat, cfg.device).items()}
-    rng, calls = np.random.default_rng(0), {}
-    for episodes in (10, 100, 1000):
-        store = synthetic_replay(cfg, episodes)
-        calls[f"{episodes} episodes"] = lambda store=store: store.sample(rng, cfg.batch, cfg.length)
-    table["sampling"] = {size: 1e3 * value for size, value in medians(calls, 30, cfg.device).items()}
-    return table
-
-
-def bench_env(cfg, steps=100):
-    """Steps per second of the simulator with its picture, and milliseconds per picture, ours and default."""
-    env = make_env(cfg)
-    env.reset([0, 0, 0])
-    still = np.zeros(env.action_size, np.float32)
-    step, ours = medians({"step": lambda: env.step(still), "ours": env.render}, steps, "cpu").values()
-    default = env.default_env()
-    default.render()
-    usual, = medians({"default": default.render}, steps // 2, "cpu").values()
-    default.close()
-    env.close()
-    return {"env_steps_per_second": 1 / step, "render_ms": 1e3 * ours, "default_render_ms": 1e3 * usual,
-            "render_speedup": usual / ours}
-
-
-def bench(cfg, as_json):
-    """--bench: measure this config on this machine; a table, or JSON on standard output.
-
-    The figures at the top level are those of the form that is fastest once it runs, named in `form`. Raises
-    Trouble for the model-free baselines, whose updates have none of these parts.
-    """
-    if cfg.variant in LEARNERS:
-        raise Trouble(f"--bench measures the parts of MOTO; {cfg.variant} has none of them: choose another "
-                      "--variant")
-    learner(cfg)
-    result = {"machine": machine(cfg.device), "torch": torch.__version__, "threads": torch.get_num_threads(),
-              "preset": cfg.preset, "device": cfg.device, "precision": cfg.precision,
-              "peak_memory_gb": peak_memory_gb(), "gpu_memory_gb": gpu_memory_gb(cfg.device)}
-    stages = {"forms": bench_forms, "parts": bench_parts, "growth": bench_growth, "env": bench_env}
-    for name, stage in tqdm(stages.items(), desc="bench", leave=False):
-        result[name] = stage(cfg)
-        exit_if_asked()
-    count, forms = result["forms"]
-    best = max(forms, key=lambda name: forms[name]["updates_per_second"])
-    result |= {"gflop_per_update": count / 1e9, "forms": forms, "form": best}
-    result |= forms[best] | result.pop("env")
-    rounded = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.4g}"))
-    print(json.dumps(rounded, indent=1) if as_json else bench_text(rounded))
-
-
-def bench_text(r):
-    """The result of `bench` as a table to read."""
-    lines = [f"{r['machine']}, torch {r['torch']}, {r['threads']} threads",
-             f"preset {r['preset']}, {r['precision']}, {r['gflop_per_update']:.1f} GFLOP per update", "",
-             f"{'form':28}{'updates/s':>10}{'of peak':>9}{'speed-up':>10}{'start, s':>10}"]
-    for name, f in r["forms"].items():
-        lines.append(f"{name + ', ' + f['precision']:28}{f['updates_per_second']:10.2f}"
-                     f"{f['fraction_of_peak']:9.0%}{f['speedup_over_eager_fp32']:9.2f}x"
-                     f"{f['seconds_to_start']:10.1f}   (peak: {f['peak_gflops']:.0f} GFLOP/s)")
-    lines += ["", f"{'part (eager)':28}{'ms':>10}{'GFLOP':>9}"]
-    lines += [f"{name:28}{part['ms']:10.1f}{part['gflop']:9.2f}" for name, part in r["parts"].items()]
-    lines += ["", "growth (ms; the first five: per update, eager; the last: per sampled batch)"]
-    for name, row in r["growth"].items():
-        lines.append(f"{name:28}" + "   ".join(f"{size}: {ms:.3g}" for size, ms in row.items()))
-    lines += ["", f"simulator: {r['env_steps_per_second']:.0f} steps/s with pictures; a picture takes "
-              f"{r['render_ms']:.2f} ms, by default {r['default_render_ms']:.1f}: "
-              f"{r['render_speedup']:.1f} times faster",
-              f"peak memory: {r['peak_memory_gb']} GB, of a GPU {r['gpu_memory_gb']} GB"]
-    return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------
 
-COMMANDS = ("evaluate", "episodes", "publish", "plot", "bench", "json", "sweep", "tasks", "variants", "seeds",
+COMMANDS = ("evaluate", "episodes", "publish", "plot", "sweep", "tasks", "variants", "seeds",
             "jobs", "executor")
 
 
@@ -2564,7 +2345,7 @@ def parse(argv):
         prog="moto.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         usage="moto.py [--FLAG VALUE ...] | --evaluate LOGDIR [--episodes N] | --plot LOGDIR ... | "
         "--publish LOGDIR FOLDER | "
-        "[--FLAG VALUE ...] --bench [--json] | [--FLAG VALUE ...] --sweep [--tasks TASK ...] [--variants V "
+        "[--FLAG VALUE ...] --sweep [--tasks TASK ...] [--variants V "
         "...] [--seeds N ...] [--jobs N] [--executor E]",
         description=__doc__.split("\n\n")[0], epilog="Defaults are those of the preset laptop. Others: "
         f"{presets}. Variants: {', '.join(VARIANTS)}.")
@@ -2573,8 +2354,6 @@ def parse(argv):
     parser.add_argument("--publish", metavar=("LOGDIR", "FOLDER"), nargs=2,
                         help="copy a finished run, with small weights, to a folder that --evaluate takes")
     parser.add_argument("--plot", metavar="LOGDIR", nargs="+", help="draw curves.png from one or many runs")
-    parser.add_argument("--bench", action="store_true", help="measure the speed of a config here")
-    parser.add_argument("--json", action="store_true", help="with --bench: print JSON")
     parser.add_argument("--sweep", action="store_true", help="one run per task, variant and seed, as "
                         "processes; repeated, it resumes; --logdir: the folder of the run folders")
     for name, kind in (("tasks", str), ("variants", str), ("seeds", int)):
@@ -2618,6 +2397,21 @@ def build_config(**given):
     cfg.logdir = cfg.logdir or f"runs/{run_name(cfg.task, cfg.variant, cfg.seed)}"
     check_config(cfg)
     return cfg
+
+
+def medians(calls, repeat, device):
+    """Time each of a dict of calls `repeat` times, taking turns, so that a busy moment of the
+    machine hits all of them alike -> dict of the median seconds."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    taken = {name: [] for name in calls}
+    for _ in range(repeat):
+        for name, call in calls.items():
+            wait()
+            started = time.perf_counter()
+            call()
+            wait()
+            taken[name].append(time.perf_counter() - started)
+    return {name: float(np.median(values)) for name, values in taken.items()}
 
 
 @functools.cache
@@ -2858,8 +2652,6 @@ def main(argv=None):
                 publish(*commands["publish"])
             elif "sweep" in commands:
                 sweep(given, commands)
-            elif "bench" in commands:
-                bench(cfg, commands.get("json", False))
             elif "evaluate" in commands:
                 evaluate_run(commands["evaluate"], commands.get("episodes"))
             else:
@@ -3009,14 +2801,6 @@ class Kitchen:
             posture = self.env.robot_env.init_qpos[:7] - self.data.qpos[:7]
             joints = inverse @ wanted + (np.eye(7) - inverse @ J) @ (0.05 * posture)
             yield np.clip(np.append(2.2 / 0.16 * joints, [fingers, fingers]), -1, 1)      # 0.16: a step at 1
-
-    def default_env(self):
-        """The same scene as Gymnasium renders it by default. This one can then render no more."""
-        import gymnasium
-        self.camera.close()
-        env = gymnasium.make("FrankaKitchen-v1", render_mode="rgb_array")
-        env.reset(seed=0)
-        return env
 
     def close(self):
         self.camera.close()

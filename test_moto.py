@@ -1,4 +1,5 @@
-"""Tests of moto.py: every equation against an independent oracle, then data, resuming, errors, simulator, command line, learning.
+"""Tests of moto.py: every equation against an independent oracle, then data, resuming, errors,
+simulator, command line, learning; and of what is in experiments/.
 
     python -m pytest -q test_moto.py
 """
@@ -18,7 +19,7 @@ if getattr(moto, "__file__", None) != str(HERE / "moto.py"):         # or it is 
     moto = sys.modules["moto"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(moto)
 sys.path.insert(0, str(HERE / "experiments"))
-import baselines
+import baselines, bench
 
 TINY = dict(task="gym:test/Dot-v0", device="cpu", precision="float32", workers=1, lag=0, image_size=16, action_repeat=1, episode_steps=12, batch=4, length=6, channels=4,
             deter=16, stoch=6, hidden=16, ensemble=3, horizon=3, offline_updates=6, online_episodes=2, updates_per_episode=4,
@@ -1465,7 +1466,16 @@ def test_bad_input_gets_one_sentence(capsys, tmp_path, argv, words):
     one_sentence(capsys, argv + [w for k, v in defaults.items() if k not in argv for w in (k, v)], *words)
 
 
-@pytest.mark.parametrize("argv, words", [(["--bench", "--variant", "iql"], "parts of MOTO"), (["--sweep", "--variants", "motto"], "did you mean moto"),
+@pytest.mark.parametrize("argv, words", [
+    (["--variant", "bc"], "parts of MOTO"), (["--variant", "iql"], "parts of MOTO"),
+    (["--gamma", "2"], "--gamma"), (["--evaluate", "x"], "--evaluate is for moto.py")])
+def test_the_bench_with_bad_arguments_says_so(capsys, argv, words):
+    assert bench.main(argv) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("argv, words", [(["--sweep", "--variants", "motto"], "did you mean moto"),
                                          (["--sweep", "--jobs", "0"], "--jobs at least 1"), (["--sweep", "--executor", "pbs"], "process, slurm, local"),
                                          (["--publish", "no/such/run", "x"], "no run folder")])
 def test_commands_with_bad_arguments_say_so(capsys, argv, words):
@@ -1656,7 +1666,8 @@ def test_players_end_with_their_parent(tmp_path):
 
 
 def test_bench_measures_and_its_parts_add_up(capsys):
-    assert moto.main(["--bench", "--json", *flags(task="drawer-open", preset="debug", device="cpu", precision="float32"), "--no-compile"]) == 0
+    config = dict(task="drawer-open", preset="debug", device="cpu", precision="float32")
+    assert bench.main(["--json", *flags(**config, compile=False)]) == 0
     result = json.loads(capsys.readouterr().out)
     assert {"updates_per_second", "fraction_of_peak", "speedup_over_eager_fp32", "env_steps_per_second", "render_speedup",
             "peak_memory_gb"} <= result.keys()
@@ -1671,7 +1682,7 @@ def test_bench_measures_and_its_parts_add_up(capsys):
 
 def test_operations_are_counted_right():
     a, b = torch.randn(8, 16), torch.randn(16, 32)
-    assert moto.flops(lambda: a @ b) == 2 * 8 * 16 * 32
+    assert bench.flops(lambda: a @ b) == 2 * 8 * 16 * 32
 
 
 def test_scripted_demonstrations_succeed_are_cached_and_never_reused_wrongly(drawer, tmp_path):
