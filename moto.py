@@ -183,6 +183,7 @@ VARIANTS = {
     "bc": dict(online_episodes=0),                                              # without a model
 }
 BASELINES = "iql", "cql", "sac"        # experiments/baselines.py adds them to VARIANTS and LEARNERS
+PROGRAM = Path(__file__).resolve()     # each run keeps a copy of it, a cluster's job runs it
 
 
 class Trouble(Exception):
@@ -1664,7 +1665,7 @@ class Run:
         self.env.close()
 
     def describe(self):
-        """Write config.json (config, versions, device, git state) and a copy of this file."""
+        """Write config.json (config, versions, device, git state) and a copy of the program."""
         def git(*words):
             folder = Path(__file__).parent
             return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True).stdout.strip()
@@ -1677,7 +1678,8 @@ class Run:
             "config": dataclasses.asdict(self.cfg), "versions": versions, "device": machine(self.cfg.device),
             "environment": self.env.describe(),
             "git": {"commit": commit, "dirty": bool(git("status", "--porcelain"))} if commit else None})
-        write_atomically(self.dir / "moto.py", lambda file: file.write(Path(__file__).read_bytes()))
+        for source in {Path(__file__).resolve(), PROGRAM}:
+            write_atomically(self.dir / source.name, lambda file: file.write(source.read_bytes()))
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(self.dir)
@@ -2250,7 +2252,7 @@ def submitted(argv, log, threads, cluster):
     executor = submitit.AutoExecutor(folder=Path(log).parent / "submitit", cluster=cluster)
     executor.update_parameters(name="moto", timeout_min=24 * 60, cpus_per_task=threads,
                                gpus_per_node=int(torch.cuda.is_available()))
-    command = ["sh", "-c", 'exec "$@" >>"$0" 2>&1', str(log), sys.executable, str(Path(__file__).resolve())]
+    command = ["sh", "-c", 'exec "$@" >>"$0" 2>&1', str(log), sys.executable, str(PROGRAM)]
     return executor.submit(submitit.helpers.CommandFunction([*command, *argv]))
 
 

@@ -1095,12 +1095,14 @@ def test_the_command_of_the_baselines_with_processes_that_play(dots, tmp_path, c
     sweep = [*sweep_flags(dots, tmp_path, workers=2, online_episodes=1), "--tasks", DOT,
              "--variants", "iql"]
     folder = tmp_path / "gym-test_moto-test-Dot-v0-iql-seed0"
+    source = HERE / "experiments/baselines.py"
     for argv in (sweep, ["--evaluate", folder, "--episodes", 2]):
-        command = [sys.executable, HERE / "experiments/baselines.py", *map(str, argv)]
+        command = [sys.executable, source, *map(str, argv)]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
                                 env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["variant"] == "iql"
+    assert (folder / source.name).read_bytes() == source.read_bytes()
     assert moto.main([str(word) for word in sweep]) == 0
     assert "1 finished before, 0 to do" in capsys.readouterr().out
 
@@ -1395,9 +1397,11 @@ def test_a_killed_sweep_leaves_nothing_running_and_resumes(dots, tmp_path, capsy
 
 def test_a_sweep_through_submitit(dots, tmp_path, capsys):
     pytest.importorskip("submitit")
-    argv = [*sweep_flags(dots, tmp_path, online_episodes=1), "--tasks", "gym:NoSuch-v0", DOT, "--variants", "bc", "--jobs", "2", "--executor", "local"]
+    argv = [*sweep_flags(dots, tmp_path, online_episodes=1), "--tasks", "gym:NoSuch-v0", DOT,
+            "--variants", "iql", "--jobs", "2", "--executor", "local"]
     assert moto.main([str(word) for word in argv]) == 2
-    assert list(finish_times(tmp_path)) == ["gym-test_moto-test-Dot-v0-bc-seed0"] and "NoSuch" in capsys.readouterr().err
+    assert list(finish_times(tmp_path)) == ["gym-test_moto-test-Dot-v0-iql-seed0"]
+    assert "NoSuch" in capsys.readouterr().err
 
 
 def test_a_reader_that_stops_reading_is_no_error(tmp_path):

@@ -176,6 +176,7 @@ class SAC(CQL):
 for name, learner in {"iql": IQL, "cql": CQL, "sac": SAC}.items():
     moto.LEARNERS[name] = learner
     moto.VARIANTS[name] = {}                                         # changes no number of Config
+moto.PROGRAM = Path(__file__).resolve()                              # each run keeps a copy of it
 
 if __name__ == "__main__":
     sys.exit(moto.main())
