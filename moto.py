@@ -3,7 +3,7 @@
     python moto.py --task drawer-open                      # demonstrate, pre-train, fine-tune, draw
     python moto.py --task hammer --variant no-unc          # an ablation; the same command again resumes a run
     python experiments/baselines.py --variant iql          # or cql, or sac: without a model
-    python moto.py --evaluate experiments/agents/drawer-open  # score a checkpoint on fresh episodes
+    python moto.py --evaluate experiments/agents/drawer-open  # score an agent on fresh episodes
     python moto.py --sweep --tasks hammer drawer-open --variants moto bc --seeds 0 1 2 --jobs 2
     python moto.py --plot runs/*-seed*                     # learning curves and a table of many runs
     python experiments/bench.py                            # where the time goes on this machine
@@ -39,8 +39,8 @@ Time:    a[t] and r[t] are the action that led INTO x[t] and the reward received
 Sharp edges are marked "SHARP"; departures from the paper "DEPARTURE" (README lists them all).
 """
 import argparse, contextlib, copy, ctypes, dataclasses, difflib, functools, hashlib, importlib.metadata
-import importlib.util, json, math, multiprocessing, os, platform, shutil, signal, subprocess, sys, threading
-import time, warnings
+import importlib.util, inspect, json, math, multiprocessing, os, platform, shutil, signal, subprocess, sys
+import threading, time, warnings
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +63,8 @@ def opt(default, help):
 @dataclass
 class Config:
     # The task
-    task: str = opt("drawer-open", "a Meta-World task by plain name, kitchen-partial or -mixed, or gym:ENV_ID")
+    task: str = opt("drawer-open", "a Meta-World task by plain name, kitchen-partial or -mixed, gym:ENV_ID, or "
+                                  "gym:MODULE:ENV_ID for one that another package registers")
     variant: str = opt("moto", "moto, or an ablation: each changes numbers of this config, nothing else")
     preset: str = opt("auto", "debug (seconds), laptop (default on CPU), paper (default on a GPU)")
     seed: int = opt(0, "seeds networks, batches, demonstrations, episodes")
@@ -188,6 +189,10 @@ PROGRAM = Path(__file__).resolve()     # each run keeps a copy of it, a cluster'
 
 class Trouble(Exception):
     """Bad input or a bad machine: one sentence with cause and mend. Exit code 2 on the command line."""
+
+
+class EpisodeTrouble(Trouble):
+    """An episode could not be played. What was learned is unharmed: a run saves it before it ends."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -690,22 +695,25 @@ def random_shift(image, pixels):
 
 @contextlib.contextmanager
 def frozen(*modules):
-    """Inside, these modules pass gradients on to their inputs but collect none for their parameters."""
-    for module in modules:
-        module.requires_grad_(False)
+    """Inside, these modules pass gradients on to their inputs but collect none for their parameters. Afterwards
+    every parameter is as before: one that a reader has frozen stays frozen."""
+    learning = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for module in modules:
-            module.requires_grad_(True)
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 class Policy(nn.Module):
     """What acts: the filter of Eq 1 and the actor, with weights that follow the trained ones (DEPARTURE).
 
     A single update on a small batch moves the hand by the millimetres that decide whether it hooks a handle;
-    a running mean of the weights of model and actor does not.
+    a running mean of the weights of model and actor does not. `idle`: the parts that acting does not use.
     """
+    idle = ("model.decoder.", "model.priors.", "model.reward.", "model.continuation.")
 
     def __init__(self, model, actor):
         super().__init__()
@@ -756,8 +764,8 @@ class Learner:
     """What every agent is: modules by name, an optimiser for some of them, one `step`, and its state.
 
     A subclass calls `prepare` with its modules and has `update(batch)` -> metrics, `acting` (a Policy), and
-    `promise(image)`, what its critics expect at an episode's first image (None where it has no critics).
-    `trunk` names the module that turns images into features.
+    `promise(image)`, what its critics expect at an episode's first image; None where it has no critics, or
+    only the weights that act. `trunk` names the module that turns images into features.
     """
     trunk = "model"
 
@@ -819,28 +827,51 @@ class Learner:
                 "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()}}
 
     def load_state_dict(self, state):
-        """Set everything, or, from a published checkpoint, what acts and promises, and what follows of it."""
         for name, module in state["modules"].items():
             self.modules[name].load_state_dict(module)
-        for name, optimiser in state.get("optimisers", {}).items():
-            self.optimisers[name].load_state_dict(state["optimisers"][name])
-        if "optimisers" not in state:
-            self.modules[self.trunk].load_state_dict(self.acting.model.state_dict())
-            self.actor.load_state_dict(self.acting.actor.state_dict())
-            if "critic" in self.modules:
-                self.critic.load_state_dict(self.target.state_dict())
+        for name, optimiser in state["optimisers"].items():
+            self.optimisers[name].load_state_dict(optimiser)
 
-    def published(self):
+    def acting_state(self):
         """The averaged weights that act, with the target critics, in half precision: a tenth of the whole."""
         def half(module):
             return {name: v.half() if v.ndim else v for name, v in module.state_dict().items()}
-        return {"modules": {name: half(self.modules[name]) for name in ("acting", "target")
-                            if name in self.modules}}
+        return {name: half(self.modules[name]) for name in ("acting", "target") if name in self.modules}
+
+    def load_acting(self, state):
+        """Set what acts, and everything that can follow from it. SHARP: the critics were trained on latents of
+        the newest weights, which are not there, so that such an agent promises nothing."""
+        for name, module in state.items():
+            self.modules[name].load_state_dict(module)
+        self.modules[self.trunk].load_state_dict(self.acting.model.state_dict())
+        self.actor.load_state_dict(self.acting.actor.state_dict())
+        if "critic" in self.modules:
+            self.critic.load_state_dict(self.target.state_dict())
+        self.promise = None
 
 
 def as_numbers(metrics):
     """A dict of scalar tensors -> floats, in one transfer."""
     return dict(zip(metrics, torch.stack([value.detach().float() for value in metrics.values()]).tolist()))
+
+
+def compiled_or_eager(function, mode):
+    """torch.compile, which shows at its first call whether this machine has what it needs (a working compiler,
+    Python's headers, ...); where it does not, the function itself, and one line that says so."""
+    chosen = torch.compile(function, mode=mode)
+
+    def call(*args):
+        nonlocal chosen
+        try:
+            return chosen(*args)
+        except Exception as error:
+            if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"note: torch.compile does not work here ({reason}); going on without", file=sys.stderr)
+            chosen = function
+            return function(*args)
+    return call
 
 
 class Agent(Learner):
@@ -863,8 +894,8 @@ class Agent(Learner):
                      target=copy.deepcopy(critic).requires_grad_(False), **prior)
         if compiled:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-            self.model_terms = torch.compile(self.model_terms, mode=mode)
-            self.policy_terms = torch.compile(self.policy_terms, mode=mode)
+            self.model_terms = compiled_or_eager(self.model_terms, mode)
+            self.policy_terms = compiled_or_eager(self.policy_terms, mode)
 
     def update(self, batch):
         """One step of everything. batch: dict of image (B, T, P, P, 3) uint8, a (B, T, A) and r, terminal,
@@ -975,8 +1006,15 @@ class Agent(Learner):
 
     @torch.no_grad()
     def promise(self, image):
-        """What the critics promise at an episode's first image (P, P, 3), in units of 1 / (1 - gamma)."""
-        _, (h, z, a, _) = self.acting.act(image)
+        """What the critics promise for the action taken at an episode's first image (P, P, 3), in units of
+        1 / (1 - gamma); None where they never learn. Their input is what they are trained on, a latent of the
+        newest weights, not of the averaged ones."""
+        if not self.cfg.value_weight:
+            return None
+        a = torch.as_tensor(self.acting.act(image)[0], device=self.device)[None]
+        x = to_image(torch.as_tensor(image, device=self.device))[None]
+        h, z = self.model.initial(1, self.device)
+        h, z, *_ = self.model.filter_step(h, z, torch.zeros_like(a), self.model.encoder(x), torch.zeros_like(z))
         return float(self.target(torch.cat([h, z], -1), a).min() / self.target.unit)
 
 
@@ -1130,48 +1168,98 @@ def load_episode(path, image_size, action_size):
             "terminal": bool(terminal)}
 
 
+def fingerprint(episodes):
+    """A digest of the content of episodes, dicts as from load_episode."""
+    digest = hashlib.sha256()
+    for episode in episodes:
+        for name in ("image", "action", "reward", "terminal"):
+            digest.update(np.ascontiguousarray(episode[name]))
+    return digest.hexdigest()
+
+
 class Replay:
     """Episodes laid end to end in flat tensors: a sequence is a slice; sampling costs the same at any size.
 
     Images stay uint8 and are held once, on the device that learns, so that a batch is a gather there and no
     copy. A sequence may run over the end of one episode into the next: `first` marks the seam, and every
-    loss respects it. Any start position is equally likely.
+    loss respects it. `starts` has the positions where a sequence may begin, for the offline and for the online
+    part of a batch; any of a part is equally likely. An online episode that joins the offline data is in both.
     """
 
     def __init__(self, capacity, image_size, action_size, device="cpu"):
         self.size, self.device = 0, device
+        self.starts = {part: np.zeros(0, int) for part in ("offline", "online")}
         shapes = {"image": ((image_size, image_size, 3), np.uint8), "a": ((action_size,), np.float32),
                   "r": ((), np.float32), "terminal": ((), np.float32), "first": ((), bool),
                   "shown": ((), bool)}
         self.data = {name: torch.from_numpy(np.zeros((capacity, *shape), kind)).to(device)
                      for name, (shape, kind) in shapes.items()}    # on a CPU, memory is used as it is filled
 
-    def add(self, episode, shown):
+    def add(self, episode, shown, part="offline"):
         """Append an episode (dict as from load_episode) in this file's time: a[t], r[t] led into image[t].
-        `shown`: whether the behaviour term is to imitate it, or which actions of it (L,)."""
+        `shown`: whether the behaviour term is to imitate it, or which actions of it (L,). Returns where it
+        begins."""
         start, end = self.size, self.size + len(episode["image"])
         self.data["image"][start:end] = torch.as_tensor(episode["image"])
         self.data["a"][start + 1:end] = torch.as_tensor(episode["action"])
         self.data["r"][start + 1:end] = torch.as_tensor(episode["reward"])
         self.data["first"][start], self.data["terminal"][end - 1] = True, episode["terminal"]
         self.data["shown"][start + 1:end] = torch.as_tensor(shown)
+        self.starts[part] = np.append(self.starts[part], np.arange(start, end))
         self.size = end
+        return start
 
-    def sample(self, rng, count, length):
-        """`count` sequences of `length` steps -> dict of (count, length, ...); `first` is set at starts."""
-        starts = rng.integers(0, self.size - length + 1, size=count)
-        at = torch.from_numpy(starts[:, None] + np.arange(length)).to(self.device)
+    def join(self, start, shown):
+        """Let the first L actions of the online episode that begins at `start`, of which `shown` (L,) are to be
+        imitated, count as offline data, too."""
+        end = start + len(shown) + 1
+        self.data["shown"][start + 1:end] = torch.as_tensor(shown)
+        self.starts["offline"] = np.append(self.starts["offline"], np.arange(start, end))
+
+    def sample(self, rng, count, length, part="offline"):
+        """`count` sequences of `length` steps -> dict of (count, length, ...); `first` is set at starts. In the
+        online part nothing is shown, neither what has joined the offline data."""
+        at = self.starts[part][rng.integers(0, self.choices(part, length), size=count)]
+        at = torch.from_numpy(at[:, None] + np.arange(length)).to(self.device)
         batch = {name: values[at] for name, values in self.data.items()}
         batch["first"][:, 0] = True
+        if part == "online":
+            batch["shown"][:] = False
         return batch
 
+    def choices(self, part, length):
+        """How many sequences of `length` steps a part has: `starts` ascends, and the last steps have none."""
+        return int(np.searchsorted(self.starts[part], self.size - length, "right"))
 
-def sample_batch(cfg, rng, offline, online):
+
+def sample_batch(cfg, rng, replay):
     """B sequences: all offline before there is online data, then `offline_fraction` of them."""
-    count = cfg.batch if online.size < cfg.length else round(cfg.offline_fraction * cfg.batch)
-    shares = (offline, count), (online, cfg.batch - count)
-    parts = [store.sample(rng, n, cfg.length) for store, n in shares if n]
+    online = cfg.batch - round(cfg.offline_fraction * cfg.batch) if replay.choices("online", cfg.length) else 0
+    shares = ("offline", cfg.batch - online), ("online", online)
+    parts = [replay.sample(rng, count, cfg.length, part) for part, count in shares if count]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def memory_bytes(device):
+    """The memory of a GPU, or of this machine as far as the process may use it; None where that is unknown."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[1]
+    found = []
+    with contextlib.suppress(AttributeError, ValueError, OSError):                             # Windows
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(ValueError, OSError):                             # a container's limit, or "max"
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found, default=None)
+
+
+def check_memory(cfg, action_size, steps):
+    """Raise Trouble where a replay of `steps` would take more than four fifths of the memory."""
+    needed = steps * (3 * cfg.image_size ** 2 + 4 * action_size + 10)
+    there = memory_bytes(cfg.device)
+    if there is not None and needed > 0.8 * there:
+        raise Trouble(f"the replay takes {needed / 1e9:,.1f} GB ({steps:,} steps with images of "
+                      f"{cfg.image_size} x {cfg.image_size}), and {cfg.device} has {there / 1e9:,.1f} in all; "
+                      "lower --online-episodes, --episode-steps, --demos or --image-size")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1187,17 +1275,30 @@ GL_HELP = ("no OpenGL backend works for MuJoCo without a screen; install one (De
 
 
 def choose_gl():
-    """Set MUJOCO_GL before mujoco is imported: the user's, else EGL, else OSMesa. False where none works."""
-    if not sys.platform.startswith("linux") or "mujoco" in sys.modules:
-        return True
-    chosen = os.environ.get("MUJOCO_GL")
+    """Set MUJOCO_GL before mujoco is imported: as the user wants it, else EGL, else OSMesa. Returns "", or, where
+    nothing works, a sentence with cause and mend. In a player's process the program has tried it before."""
+    if not sys.platform.startswith("linux") or "mujoco" in sys.modules or player:
+        return ""
+    wishes = {name: os.environ[name] for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM") if os.environ.get(name)}
     trial = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8).close()"
-    for backend in [chosen] if chosen else ("egl", "osmesa"):        # in a child: a failed import stays so
-        if subprocess.run([sys.executable, "-c", trial], env=os.environ | {"MUJOCO_GL": backend},
-                          capture_output=True).returncode == 0:
-            os.environ["MUJOCO_GL"] = backend
-            return True
-    return False
+
+    def works(settings):                                             # in a child: a failed import stays so
+        others = {name: value for name, value in os.environ.items() if name not in wishes}
+        return subprocess.run([sys.executable, "-c", trial], env=others | settings,
+                              capture_output=True).returncode == 0
+    choices = [{"MUJOCO_GL": backend} for backend in ("egl", "osmesa")]
+    for choice in choices:
+        if works(choice | wishes):
+            os.environ.update(choice | wishes)
+            return ""
+        if "MUJOCO_GL" in wishes:
+            break
+    if not wishes:
+        return GL_HELP
+    cause = " and ".join(f"{name}={value}" for name, value in wishes.items())
+    mend = next((f"unset it: {choice['MUJOCO_GL']} does" for choice in choices if works(choice)),
+                f"unset it; without it, too, {GL_HELP}")
+    return f"MuJoCo cannot render with {cause}, which is set in the environment; {mend}"
 
 
 def nearest(name, known):
@@ -1210,8 +1311,9 @@ def need(package, command):
     """Raise Trouble where a simulator's package or OpenGL is missing."""
     if importlib.util.find_spec(package) is None:
         raise Trouble(f"{package} is not installed; {command}")
-    if not choose_gl():
-        raise Trouble(GL_HELP)
+    trouble = choose_gl()
+    if trouble:
+        raise Trouble(trouble)
 
 
 class Camera:
@@ -1324,51 +1426,133 @@ class MetaWorld:
         self.camera.close()
 
 
+def to_rgb(picture):
+    """What an environment's render() gave -> (height, width, 3) uint8: of an array (or a list of one) that is
+    gray, RGB or opaque RGBA, channels last or first, in uint8, booleans or floats from 0 to 1. Raises ValueError,
+    which says what it found, on anything else."""
+    if isinstance(picture, (list, tuple)) and len(picture) == 1:
+        picture, = picture
+    if picture is None or isinstance(picture, (list, tuple, dict, str)):
+        raise ValueError(f"{type(picture).__name__}, where one array is needed")
+    image = np.asarray(picture)
+    if image.dtype.kind in "bf":
+        if not ((image >= 0) & (image <= 1)).all():                  # nan neither
+            raise ValueError(f"floats from {image.min():g} to {image.max():g}, which are to be from 0 to 1")
+        image = (255 * image.astype(np.float64)).round().astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise ValueError(f"values of {image.dtype}, which are to be uint8, or floats from 0 to 1")
+    image = image[..., None] if image.ndim == 2 else image
+    last, first = (image.ndim == 3 and image.shape[axis] in (1, 3, 4) for axis in (-1, 0))
+    if last == first or not image.size:                              # neither, or either
+        raise ValueError(f"shape {image.shape}, where (height, width, 3) is needed")
+    image = image if last else np.moveaxis(image, 0, -1)
+    if image.shape[-1] == 4 and (image[..., 3] < 255).any():
+        raise ValueError("a picture that is in part transparent")
+    return np.ascontiguousarray(np.broadcast_to(image[..., :3], (*image.shape[:2], 3)))
+
+
 class GymTask:
-    """Any Gymnasium environment with rgb_array rendering and a bounded Box of actions, mapped to [-1, 1]."""
+    """Any Gymnasium environment with rgb_array rendering and a bounded Box of actions.
+
+    Actions in [-1, 1] are mapped evenly onto the box, of whole numbers, too; pictures are converted by `to_rgb`.
+    One reset, render and step are tried at once. Raises Trouble, or, where something cannot be used that comes
+    from the environment itself, there or in the middle of a run, EpisodeTrouble with the step and the value.
+    """
     terminates = True
 
     def __init__(self, cfg):
-        choose_gl()                                                  # for those that are built on MuJoCo
+        trouble = choose_gl()                                        # for those that are built on MuJoCo
         import gymnasium
-        name = cfg.task.removeprefix("gym:")
-        try:
-            self.env = gymnasium.make(name, render_mode="rgb_array")
-            self.env.reset(seed=0)
-            self.env.render()
-        except Exception as error:
-            raise Trouble(f"Gymnasium cannot make {name!r} with rgb_array rendering ({error}); install what "
-                          f"it needs, or {nearest(name, sorted(gymnasium.registry))}") from None
-        space = self.env.action_space
-        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
-            raise Trouble(f"{name} has actions {space}; a one-dimensional bounded Box is needed")
-        self.space, self.action_size = space, space.shape[0]
+        self.name, self.shape, self.steps = cfg.task.removeprefix("gym:"), None, 0
         self.repeat, self.size, self.success_reward = cfg.action_repeat, cfg.image_size, cfg.success_reward
+        try:
+            self.env = gymnasium.make(self.name, render_mode="rgb_array", disable_env_checker=True)
+        except Exception as error:
+            mend = f"install what it needs{'; ' * bool(trouble)}{trouble}"
+            if self.name.split(":")[-1] not in gymnasium.registry:
+                mend = (f"{nearest(self.name, sorted(gymnasium.registry))} What another package registers is "
+                        "gym:MODULE:ID, with the module to import")
+            raise Trouble(f"Gymnasium cannot make {self.name!r} with rgb_array rendering ({error}); {mend}"
+                          ) from None
+        self.space = space = self.env.action_space
+        if not (isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1 and space.is_bounded()):
+            raise Trouble(f"{self.name} has actions {space}; a one-dimensional bounded Box is needed")
+        if space.dtype.kind != "f" and np.abs(np.append(space.low, space.high).astype(float)).max() > 2 ** 53:
+            raise Trouble(f"{self.name} has actions {space}; whole numbers are exact up to 2^53 only")
+        self.action_size = space.shape[0]
+        self.reset([0])
+        self.step(np.zeros(self.action_size))
 
     def describe(self):
         import gymnasium
         return {"gymnasium": gymnasium.__version__}
 
+    def trouble(self, what):
+        return EpisodeTrouble(f"{self.name}: {what} (at step {self.steps} of an episode); correct the environment")
+
+    def ask(self, method, *args, **kwargs):
+        """Call a method of the environment."""
+        try:
+            return getattr(self.env, method)(*args, **kwargs)
+        except Exception as error:
+            signature = ("; Gymnasium's reset takes seed and options and returns 2 values, step returns 5"
+                         if isinstance(error, (TypeError, ValueError)) else "")
+            raise self.trouble(f"{method}() failed with {type(error).__name__}: {error}{signature}") from None
+
+    def number(self, value, name):
+        """A finite number as float, from a boolean, a number, or an array of one."""
+        with contextlib.suppress(ValueError):                        # of a ragged list
+            array = np.asarray(value)
+            if array.size == 1 and array.dtype.kind in "biuf" and np.isfinite(array).all():
+                return float(array.item())
+        raise self.trouble(f"step() gave {str(value)[:80]!r} as {name}, where a finite number is needed")
+
     def reset(self, seed):
-        self.env.reset(seed=int(np.random.default_rng(seed).integers(2 ** 31)))
+        self.steps = 0
+        answer = self.ask("reset", seed=int(np.random.default_rng(seed).integers(2 ** 31)))
+        if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], dict)):
+            raise self.trouble("reset() returned something else than Gymnasium's observation, info")
         return self.render()
 
+    def to_box(self, action):
+        """An action (A,) in [-1, 1] -> the box: linearly between floating bounds; of whole numbers, each has an
+        equal share of [-1, 1]."""
+        low, high = self.space.low.astype(float), self.space.high.astype(float)
+        share = (np.clip(np.asarray(action, float), -1, 1) + 1) / 2
+        if self.space.dtype.kind != "f":
+            return np.minimum(low + np.floor(share * (high - low + 1)), high).astype(self.space.dtype)
+        scaled = ((1 - share) * low + share * high).astype(self.space.dtype)
+        return scaled.clip(self.space.low, self.space.high)          # rounding may have left it
+
     def step(self, action):
-        low, high = self.space.low, self.space.high
-        scaled = (low + (np.asarray(action) + 1) / 2 * (high - low)).astype(self.space.dtype)
         total, success = 0.0, False
+        self.steps += 1
         for _ in range(self.repeat):
-            _, reward, terminal, truncated, info = self.env.step(scaled)
-            total += float(reward)
-            success |= bool(info.get("success", info.get("is_success", reward >= self.success_reward)))
+            answer = self.ask("step", self.to_box(action))
+            if not (isinstance(answer, tuple) and len(answer) == 5 and isinstance(answer[4], dict)):
+                raise self.trouble("step() returned something else than Gymnasium's observation, reward, "
+                                   "terminated, truncated, info")
+            _, reward, terminal, truncated, info = answer
+            reward = self.number(reward, "reward")
+            terminal, truncated = self.number(terminal, "terminated"), self.number(truncated, "truncated")
+            key = next((key for key in ("success", "is_success") if key in info), None)
+            success |= bool(self.number(info[key], key) if key else reward >= self.success_reward)
+            total += reward
             if terminal or truncated:
                 break
         return self.render(), total, bool(terminal), bool(terminal or truncated), success
 
     def render(self):
         from PIL import Image
-        image = Image.fromarray(self.env.render())
-        return np.array(image.resize((self.size, self.size), Image.Resampling.BOX))
+        picture = self.ask("render")
+        try:
+            image = to_rgb(picture)
+        except ValueError as error:
+            raise self.trouble(f"render() gave {error}") from None
+        if self.shape not in (None, image.shape):
+            raise self.trouble(f"render() gave a picture of shape {image.shape} after others of {self.shape}")
+        self.shape = image.shape
+        return np.array(Image.fromarray(image).resize((self.size, self.size), Image.Resampling.BOX))
 
     def close(self):
         self.env.close()
@@ -1477,13 +1661,17 @@ def exit_if_asked():
 @contextlib.contextmanager
 def signals_wait():
     """Inside, Ctrl-C and SIGTERM wait for the next step boundary (minutes, while torch.compile is at work); a
-    second one does not."""
+    second one does not. In a thread signals are not the program's, and nothing changes."""
+    asked["signal"] = None
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
     def note(number, frame):
         if asked["signal"]:
             raise KeyboardInterrupt
         asked["signal"] = number
         os.write(2, b"\nmoto: stopping after this step; Ctrl-C again: at once\n")     # print is not safe here
-    asked["signal"] = None
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -1492,20 +1680,27 @@ def signals_wait():
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def decorative(what):
+    """For what nobody should lose a run for, pictures and TensorBoard: an error inside becomes one line."""
+    try:
+        yield
+    except Stopped:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"note: no {what} ({reason})", file=sys.stderr)
+
+
 MAY_CHANGE = {"logdir", "device", "cache", "data", "online_episodes", "eval_every", "eval_episodes", "memory",
               "final_episodes", "save_every", "log_every", "compile", "precision", "workers"}   # on resuming
 
 
-def recorded(config):
-    """A saved config (a dict) in today's fields: one that was not there then had, in effect, its default."""
-    return {name: config.get(name, default) for name, default in dataclasses.asdict(Config()).items()}
-
-
-def differences(then, cfg):
-    """What differs between a saved config (a dict) and this one, beyond what may."""
-    then = recorded(then)
-    return [f"{name} ({then[name]!r} there, {value!r} now)" for name, value in dataclasses.asdict(cfg).items()
-            if value != then[name] and name not in MAY_CHANGE]
+def differences(then, now, besides=MAY_CHANGE):
+    """What differs between two configs (dicts), which may be of different versions -> {name: both values}."""
+    pairs = {name: tuple(repr(config[name]) if name in config else "nothing" for config in (then, now))
+             for name in {**then, **now} if name not in besides}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def merit(cfg, reward):
@@ -1532,28 +1727,35 @@ def leads_up(cfg, reward):
 
 
 class Run:
-    """One run: config, environment, agent, data, counters, metrics, and the checkpoint that holds them."""
+    """One run: config, environment, agent, data, counters, metrics, and the checkpoint that holds them.
 
-    def __init__(self, cfg, fresh_ok=True):
+    `acting`: only what acts is read, from agent.pt, and nothing in the folder is changed.
+    """
+
+    def __init__(self, cfg, acting=False):
         self.cfg, self.dir = cfg, Path(cfg.logdir)
         self.checkpoint_path = self.dir / "checkpoint.pt"
         self.previous_path = self.dir / "checkpoint.previous.pt"
-        self.state = {"updates": 0, "episodes": 0, "env_steps": 0, "seconds": {}, "scores": {}}
-        self.pending, self.kept, self.board = [], None, None
-        checkpoint, started = self.read_checkpoint(), time.perf_counter()
+        self.agent_path = self.dir / "agent.pt"
+        self.state = {"updates": 0, "episodes": 0, "env_steps": 0, "seconds": {}, "scores": {}, "pending": []}
+        self.kept, self.board, started = None, None, time.perf_counter()
+        checkpoint = None if acting else self.read_checkpoint()
         if checkpoint:
             self.compare_config(checkpoint["config"])
-        elif not fresh_ok:
-            raise Trouble(f"{self.dir} holds no checkpoint; train one with: python moto.py --task {cfg.task}")
+        elif not acting and (self.agent_path.exists() or (self.dir / "result.json").exists()):
+            raise Trouble(f"{self.dir} holds a run without its checkpoint: it cannot be continued; choose another "
+                          "--logdir")
         self.env = make_env(cfg)
         self.agent = make_learner(cfg, self.env.action_size, self.env.terminates, cfg.device,
                                   compiling_pays(cfg))
         self.player, self.playing = copy.deepcopy(self.agent.acting), None       # of the online episodes
         self.rng = np.random.default_rng(cfg.seed)
-        self.published = bool(checkpoint) and "optimisers" not in checkpoint["agent"]
+        if acting:
+            self.load_agent()
         if checkpoint:
             self.restore(checkpoint)
         self.players = Players(cfg, self.env)
+        self.players.started()
         self.clock("start", started)
 
     def clock(self, stage, started):
@@ -1562,13 +1764,16 @@ class Run:
 
     def compare_config(self, then):
         """Raise Trouble, field by field, where the checkpoint's config differs from today's."""
-        changed = differences(then, self.cfg)
+        changed = [f"{name} ({there} there, {here} now)" for name, (there, here) in
+                   differences(then, dataclasses.asdict(self.cfg)).items()]
         if changed:
             raise Trouble(f"{self.dir} was made with another config: {'; '.join(changed)}; repeat its flags "
-                          "or choose another --logdir")
+                          "or choose another --logdir (what another version made goes on with the moto.py in "
+                          "that folder)")
 
     def save(self):
-        """Write the checkpoint beside the old one, then rename both: at each instant one is whole."""
+        """Write the checkpoint beside the old one, then rename both: at each instant one is whole. Then write
+        agent.pt: what acts, small."""
         checkpoint = {"config": dataclasses.asdict(self.cfg), "agent": self.agent.state_dict(),
                       "player": self.player.state_dict() if self.cfg.lag else None,
                       "state": self.state, "torch_rng": torch.get_rng_state(),
@@ -1580,6 +1785,8 @@ class Run:
         if self.checkpoint_path.exists():
             os.replace(self.checkpoint_path, self.previous_path)
         os.replace(fresh, self.checkpoint_path)
+        agent = {"updates": self.state["updates"], "modules": self.agent.acting_state()}
+        write_atomically(self.agent_path, lambda file: torch.save(agent, file))
 
     def read_checkpoint(self):
         """The newest whole checkpoint, or None. Weights only: a stranger's file runs nothing."""
@@ -1596,13 +1803,24 @@ class Run:
         if damaged:
             raise Trouble(f"no checkpoint in {self.dir} can be read; choose another --logdir or remove it")
 
+    def load_agent(self):
+        """Set what acts from agent.pt."""
+        try:
+            agent = torch.load(self.agent_path, map_location="cpu", weights_only=True)
+            self.agent.load_acting(agent["modules"])
+            self.state["updates"] = agent["updates"]
+        except FileNotFoundError:
+            raise Trouble(f"{self.dir} has no agent.pt, which a run writes with its first checkpoint; train "
+                          f"one with: python moto.py --task {self.cfg.task}") from None
+        except Exception as error:                                   # pickle, zip, another version's weights
+            raise Trouble(f"{self.agent_path} cannot be used ({type(error).__name__}: {error}); it is damaged, "
+                          "or another version's: use the moto.py in that folder") from None
+
     def restore(self, checkpoint):
-        """Set everything to where the checkpoint left it, and forget the metrics written after it."""
+        """Set everything to where the checkpoint left it."""
         try:
             self.agent.load_state_dict(checkpoint["agent"])
             self.state = checkpoint["state"]
-            if self.published:
-                return
             if self.cfg.lag:
                 self.player.load_state_dict(checkpoint["player"])
             self.rng.bit_generator.state = json.loads(checkpoint["numpy_rng"])
@@ -1612,30 +1830,41 @@ class Run:
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise Trouble(f"the checkpoint in {self.dir} does not fit this program ({error}); use the "
                           "moto.py in that folder or choose another --logdir") from None
-        metrics = self.dir / "metrics.jsonl"
+
+    def forget_later_metrics(self):
+        """Keep the lines of metrics.jsonl up to the checkpoint; none where a run ended before it had one."""
+        metrics, scored = self.dir / "metrics.jsonl", self.state["updates"] or self.state["scores"]
         if metrics.exists():
-            rows = [row for row in read_metrics(metrics) if row["updates"] <= self.state["updates"]]
+            rows = [row for row in read_metrics(metrics) if scored and row["updates"] <= self.state["updates"]]
             text = "".join(json.dumps(row) + "\n" for row in rows)
             write_atomically(metrics, lambda file: file.write(text.encode()))
 
     def open_data(self):
-        """Bring offline and, on resuming, online episodes into memory."""
+        """Bring offline and, on resuming, online episodes into memory. Raises Trouble where they have no room,
+        and where the offline ones are not those that the run began with."""
         cfg, started, shape = self.cfg, time.perf_counter(), (self.cfg.image_size, self.env.action_size)
+        most = max(cfg.online_episodes, self.state["episodes"])     # a smaller budget may come after a larger
+        space = most * (cfg.episode_steps + 1)
+        scripted = 0 if cfg.data else cfg.demos * (cfg.episode_steps + 1)
+        check_memory(cfg, self.env.action_size, scripted + space)           # before they are made
         episodes = [load_episode(path, *shape) for path in offline_paths(cfg, self.players)]
         if cfg.reward_head == "bernoulli" and not all(np.isin(e["reward"], (0, 1)).all() for e in episodes):
             raise Trouble("a reward in the offline data is neither 0 nor 1; use --reward-head normal")
         steps = sum(len(e["image"]) for e in episodes)
         if steps < cfg.length:
             raise Trouble(f"the offline data has {steps} steps, fewer than one sequence; lower --length")
-        most = max(cfg.online_episodes, self.state["episodes"])     # a smaller budget may come after a larger
-        space = most * (cfg.episode_steps + 1)
-        self.offline = Replay(steps + space * cfg.imitate_success, *shape, cfg.device)
-        self.online = Replay(space, *shape, cfg.device)
-        for episode in episodes:
-            self.offline.add(episode, shown=leads_up(cfg, episode["reward"]))
+        check_memory(cfg, self.env.action_size, steps + space)
+        data = fingerprint(episodes)
+        if self.state.setdefault("data", data) != data:
+            raise Trouble(f"the offline data is not what {self.dir} began with; give it the --data or --cache "
+                          "of then, or choose another --logdir")
         peak = max(episode["reward"].max() for episode in episodes)
         best = (e["reward"] for e in episodes if 0 < e["reward"].max() == peak)
         self.good_enough = min((merit(cfg, reward)[0] for reward in best), default=math.inf)
+        self.replay = Replay(steps + space, *shape, cfg.device)
+        while episodes:                                              # each is held once, here or there
+            episode = episodes.pop(0)
+            self.replay.add(episode, shown=leads_up(cfg, episode["reward"]))
         for index in range(self.state["episodes"]):
             self.add_online(index)
         self.clock("demonstrations", started)
@@ -1646,15 +1875,10 @@ class Run:
         up to `demo_tail` steps beyond its peak, as they do. (With slow successes the prior learns to hesitate
         and to miss; what is less than was shown has nothing to teach it.)"""
         episode = load_episode(self.episode_path(index), self.cfg.image_size, self.env.action_size)
-        self.online.add(episode, shown=False)
+        start = self.replay.add(episode, False, "online")
         worth, peak = merit(self.cfg, episode["reward"])
         if self.cfg.imitate_success and worth >= self.good_enough:
-            most = len(episode["action"])
-            L = min(peak + 1 + self.cfg.demo_tail, most)
-            whole = L == most
-            self.offline.add({"image": episode["image"][:L + 1], "action": episode["action"][:L],
-                              "reward": episode["reward"][:L], "terminal": whole and episode["terminal"]},
-                             shown=leads_up(self.cfg, episode["reward"][:L]))
+            self.replay.join(start, leads_up(self.cfg, episode["reward"][:peak + 1 + self.cfg.demo_tail]))
 
     def episode_path(self, index):
         return self.dir / "episodes" / f"{index:05d}.npz"
@@ -1680,9 +1904,10 @@ class Run:
             "git": {"commit": commit, "dirty": bool(git("status", "--porcelain"))} if commit else None})
         for source in {Path(__file__).resolve(), PROGRAM}:
             write_atomically(self.dir / source.name, lambda file: file.write(source.read_bytes()))
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(self.dir)
+        if importlib.util.find_spec("tensorboard"):
+            with decorative("TensorBoard events"):
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(self.dir)
 
     def log(self, row):
         """Append a line to metrics.jsonl (and TensorBoard, where it is installed)."""
@@ -1694,26 +1919,30 @@ class Run:
         except OSError as error:
             raise Trouble(f"cannot write {self.dir}/metrics.jsonl ({error}); free some disk space and repeat "
                           "the command: it continues from the last checkpoint") from None
-        for name, value in row.items() if self.board else ():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(name, value, self.state["updates"])
+        board, self.board = self.board, None                         # an error is told once
+        with decorative("TensorBoard events"):
+            for name, value in row.items() if board else ():
+                if isinstance(value, (int, float)):
+                    board.add_scalar(name, value, self.state["updates"])
+            self.board = board
 
     def update(self, bar, stage):
         """The one update of both phases: sample, learn, count, log, save, and stop here if asked."""
         cfg, started, n = self.cfg, time.perf_counter(), self.state["updates"] + 1
         try:
-            metrics = self.agent.update(sample_batch(cfg, self.rng, self.offline, self.online))
+            metrics = self.agent.update(sample_batch(cfg, self.rng, self.replay))
         except FloatingPointError as error:
             raise Trouble(f"{error} at update {n}; lower --model-lr, --actor-lr and --critic-lr or use "
                           f"--precision float32: the last good checkpoint is kept, in {self.dir}") from None
         self.state["updates"] = n
         self.clock(stage, started)
-        self.pending.append(metrics)
+        pending = self.state["pending"]
+        pending.append(metrics)
         if n % cfg.log_every == 0:
-            self.log({name: sum(m[name] for m in self.pending) / len(self.pending) for name in metrics})
+            self.log({name: sum(m[name] for m in pending) / len(pending) for name in metrics})
             shown = {"model/image", "actor/value", "actor/behaviour_nll"} & metrics.keys()
             bar.set_postfix({name.split("/")[1]: f"{metrics[name]:.3g}" for name in sorted(shown)})
-            self.pending = []
+            pending.clear()
         if n % cfg.save_every == 0:
             self.save()
         bar.update()
@@ -1813,7 +2042,8 @@ class Players:
         """
         if self.pool is None:
             return (rollout(self.cfg, self.env, policy, seed, sample) for seed in seeds)
-        weights = {name: value.cpu().numpy().copy() for name, value in policy.state_dict().items()}
+        weights = {name: value.cpu().numpy().copy() for name, value in policy.state_dict().items()
+                   if not name.startswith(policy.idle)}
         with self.alive():
             futures = [self.pool.submit(play_here, weights, seed, sample) for seed in seeds]
         return (self.result(future) for future in futures)
@@ -1832,23 +2062,36 @@ class Players:
 
     @contextlib.contextmanager
     def alive(self):
-        """Raises Trouble where a process has died."""
+        """Raises EpisodeTrouble where a process has died."""
         try:
             yield
         except BrokenExecutor:
-            raise Trouble("a process that plays episodes died (out of memory?); repeat the command with "
-                          "--workers 1: it continues from the last checkpoint") from None
+            raise EpisodeTrouble("a process that plays episodes died (out of memory?); repeat the command with "
+                                 "--workers 1: it continues from the last checkpoint") from None
+
+    def started(self):
+        """Wait until a process is there. Raises Trouble where they cannot start, before anything is trained."""
+        try:
+            return self.pool and self.pool.submit(os.getpid).result()
+        except BrokenExecutor:
+            raise Trouble("the processes that play episodes do not start; each imports the script that called "
+                          "moto.main, where that call needs `if __name__ == \"__main__\":` above it; or use "
+                          "--workers 1") from None
 
     def peak_memory_gb(self):
-        """Of the processes together: one's, times their number."""
-        return self.cfg.workers * self.result(self.pool.submit(peak_memory_gb)) if self.pool else 0.0
+        """Of the processes together: one's, times their number; None where it cannot be had."""
+        if self.pool is None:
+            return 0.0
+        with contextlib.suppress(Trouble):
+            one = self.result(self.pool.submit(peak_memory_gb))
+            return one and self.cfg.workers * one
 
     def close(self):
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
 
 
-player = {}                                                          # in a player's process: cfg, env, policy
+player = {}                                                # in a player's process: cfg, and then env, policy
 
 
 def become_a_player(cfg):
@@ -1857,17 +2100,19 @@ def become_a_player(cfg):
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
+    player["cfg"] = cfg
     try:
         env = make_env(cfg)
     except Trouble as trouble:                                       # a task that only the parent knows
         print(f"moto: in a process that plays episodes: {trouble}", file=sys.stderr, flush=True)
         os._exit(2)
     agent = make_learner(dataclasses.replace(cfg, device="cpu"), env.action_size, env.terminates, "cpu")
-    player.update(cfg=cfg, env=env, policy=agent.acting)
+    player.update(env=env, policy=agent.acting)
 
 
 def play_here(weights, seed, sample):
-    player["policy"].load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+    policy = player["policy"]
+    policy.load_state_dict(policy.state_dict() | {name: torch.from_numpy(v) for name, v in weights.items()})
     return rollout(player["cfg"], player["env"], player["policy"], seed, sample)
 
 
@@ -1925,7 +2170,8 @@ def evaluate(cfg, players, agent, episodes, first=0):
         beyond = 0.0 if episode["terminal"] else gamma ** len(rewards) * rewards[-1]
         rows.append((episode["success"], discounted, discounted + beyond))
         most.append(int(max(episode["reward"])))
-        promises += [agent.promise(episode["image"][0])] if agent.promise else []
+        promise = agent.promise(episode["image"][0]) if agent.promise else None
+        promises += [promise] if promise is not None else []
         kept = (kept + [episode])[:4]
         exit_if_asked()
     result = dict(zip(("success", "return", "continued"), np.mean(rows, 0).tolist()))
@@ -1985,8 +2231,10 @@ def open_loop(agent, episode, seen, steps):
 
 
 def figure(width, height, *shape, **kwargs):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg     # whatever backend the user has chosen
     from matplotlib.figure import Figure                             # no pyplot: no window, no global state
     fig = Figure((width, height), layout="constrained")
+    FigureCanvasAgg(fig)
     return fig, fig.subplots(*shape, **kwargs)
 
 
@@ -2093,19 +2341,20 @@ def draw_curve(cfg, rows, path):
 
 
 def read_run(logdir):
-    """A run folder -> its config and, by online episode (0: the end of the offline phase), its evaluations.
+    """A run folder -> its config and, by online episode (0: the end of the offline phase), its evaluations:
+    none where it has only begun.
 
     Raises Trouble on a folder that is no run.
     """
     try:
         config = json.loads((Path(logdir) / "config.json").read_text())["config"]
-        rows = [row for row in read_metrics(Path(logdir) / "metrics.jsonl") if "evaluation" in row]
+        metrics = Path(logdir) / "metrics.jsonl"
+        rows = [row for row in read_metrics(metrics) if "evaluation" in row] if metrics.exists() else []
         start, each = config["offline_updates"], config["updates_per_episode"]
-        config["task"], config["variant"], config["demos"], config["online_episodes"]
+        config["task"], config["variant"], config["seed"], config["online_episodes"]
         return config, {(row["updates"] - start) // each: row for row in rows if row["updates"] >= start}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Trouble(f"{logdir} is no run folder ({error}); --plot takes folders with config.json and "
-                      "metrics.jsonl") from None
+        raise Trouble(f"{logdir} is no run folder ({error}); --plot takes folders that training has made") from None
 
 
 def solved(row):
@@ -2115,12 +2364,16 @@ def solved(row):
 
 def interval(rows, draws=10_000):
     """95 % interval of the mean of `solved` over seeds, from the evaluations `rows` (one a seed): seeds are
-    drawn with replacement, and each one's rate from what its episodes leave open (Jeffreys' Beta)."""
-    rng = np.random.default_rng(0)
-    n = np.array([row["evaluation/episodes"] for row in rows])
-    k = np.array([solved(row) for row in rows]) * n
-    seeds = rng.integers(len(rows), size=(draws, len(rows)))
-    return np.quantile(rng.beta(k[seeds] + 0.5, (n - k)[seeds] + 0.5).mean(1), (0.025, 0.975))
+    drawn with replacement, and each one's share of episodes with each outcome (failure or success; in Franka
+    Kitchen 0 to 4 objects) from what its episodes leave open: a Dirichlet, whose prior weighs one episode."""
+    rng, means = np.random.default_rng(0), []
+    for row in rows:
+        n, k = row["evaluation/episodes"], row["evaluation/success"] * row["evaluation/episodes"]
+        counts = np.array(row.get("evaluation/counts", (n - k, k)))
+        shares = rng.dirichlet(counts + 1 / len(counts), (draws, len(rows)))
+        means.append(shares @ np.linspace(0, 1, len(counts)))
+    seeds = rng.integers(len(rows), size=(1, draws, len(rows)))
+    return np.quantile(np.take_along_axis(np.stack(means), seeds, 0).mean(-1), (0.025, 0.975))
 
 
 def draw_groups(path, tasks, ylabel, value, **limits):
@@ -2153,21 +2406,50 @@ def draw_groups(path, tasks, ylabel, value, **limits):
     print(f"wrote {path}", file=sys.stderr)
 
 
+NO_PART_OF_A_GROUP = {"seed", "logdir", "preset", "device", "precision", "compile", "workers", "cache",
+                      "eval_every", "eval_episodes", "final_episodes", "log_every", "save_every"}
+
+
+def grouped(runs):
+    """Runs (config, rows) -> {task: {label: the runs of one configuration}}."""
+    tasks, order = {}, {name: index for index, name in enumerate((*VARIANTS, *BASELINES))}
+    for run in runs:
+        groups = tasks.setdefault(run[0]["task"], [])
+        for group in groups:
+            if not differences(group[0][0], run[0], NO_PART_OF_A_GROUP):
+                group.append(run)
+                break
+        else:
+            groups.append([run])
+    for groups in tasks.values():
+        groups.sort(key=lambda group: order.get(group[0][0]["variant"], len(order)))
+    return {task: {group_label(group[0][0], [other[0][0] for other in groups]): group for group in groups}
+            for task, groups in sorted(tasks.items())}
+
+
+def group_label(config, others):
+    """A configuration's name: its variant, and what sets it apart from others of that variant."""
+    apart = {name for other in others if other["variant"] == config["variant"]
+             for name in differences(other, config, NO_PART_OF_A_GROUP)}
+    return ", ".join([config["variant"], *(f"{name} {config.get(name, 'nothing')}" for name in sorted(apart))])
+
+
 def plot(logdirs):
     """--plot: curves.png (success over online episodes), gap.png (how much more the critics promised than
     came true, on tasks with several variants) into the folder of the runs; prints a table of the scores.
 
-    A panel per task, a line per variant (and number of demonstrations), mean and range over seeds.
+    A panel per task, a line per configuration, mean and range over seeds. A folder counts once; runs that have no
+    score yet are left out, and named.
     """
-    runs = [read_run(logdir) for logdir in logdirs]
-    tasks, demos = {}, {}
-    order = {name: index for index, name in enumerate((*VARIANTS, *BASELINES))}
-    for config, _ in runs:
-        demos.setdefault(config["task"], set()).add(config["demos"])
-    for config, rows in sorted(runs, key=lambda run: (order.get(run[0]["variant"], 99), run[0]["demos"])):
-        label = config["variant"] + f", {config['demos']} demos" * (len(demos[config["task"]]) > 1)
-        tasks.setdefault(config["task"], {}).setdefault(label, []).append((config, rows))
-    folder = Path(os.path.commonpath([Path(logdir).resolve().parent for logdir in logdirs]))
+    logdirs = list(dict.fromkeys(Path(logdir).resolve() for logdir in logdirs))
+    runs = {logdir: read_run(logdir) for logdir in logdirs}
+    begun = [str(logdir) for logdir, (_, rows) in runs.items() if not rows]
+    if len(begun) == len(runs):
+        raise Trouble(f"no score yet in {', '.join(begun)}; plot them after their offline phase")
+    if begun:
+        print(f"left out, without a score yet: {', '.join(begun)}", file=sys.stderr)
+    tasks = grouped([run for run in runs.values() if run[1]])
+    folder = Path(os.path.commonpath([logdir.parent for logdir in logdirs]))
     ylabel = "success rate" + " (kitchen: objects in place / 4)" * any(task in Kitchen.tasks for task in tasks)
     draw_groups(folder / "curves.png", tasks, ylabel, solved, ylim=(-0.03, 1.03))
     def gap(row):
@@ -2183,12 +2465,11 @@ def plot(logdirs):
                 found = [solved(rows[episode]) for _, rows in members if episode in rows]
                 return f"{np.mean(found):.0%}" if len(found) == len(members) else ""
             seeds = ", ".join(str(config["seed"]) for config, _ in members)
-            last = [rows[max(rows)] for _, rows in members if rows]
-            budget = "/".join(str(e) for e in sorted({config["online_episodes"] for config, _ in members}))
-            low, high = interval(last) if last else (np.nan, np.nan)
-            final = f"{np.mean([solved(row) for row in last]):.0%}" if last else ""
-            print(f"| {task} | {label} | {seeds} | {rate(0)} | {rate(100)} | {rate(200)} | {final} | "
-                  f"{low:.0%} to {high:.0%} | {budget} |")
+            last = [rows[max(rows)] for _, rows in members]
+            low, high = interval(last)
+            final = np.mean([solved(row) for row in last])
+            print(f"| {task} | {label} | {seeds} | {rate(0)} | {rate(100)} | {rate(200)} | {final:.0%} | "
+                  f"{low:.0%} to {high:.0%} | {members[0][0]['online_episodes']} |")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2205,7 +2486,7 @@ def finished(cfg):
         return False
     planned = cfg.offline_updates + cfg.online_episodes * cfg.updates_per_episode
     done = result["updates"], result["eval_episodes"]
-    return done == (planned, cfg.final_episodes) and not differences(then, cfg)
+    return done == (planned, cfg.final_episodes) and not differences(then, dataclasses.asdict(cfg))
 
 
 def sweep_run(argv, log, threads):
@@ -2268,11 +2549,17 @@ def sweep(given, commands):
     executor, known = commands.get("executor", "process"), ("process", "slurm", "local")
     if executor not in known or jobs < 1:
         raise Trouble(f"--executor is one of {', '.join(known)}, and --jobs at least 1")
+    for one, many in (("task", "tasks"), ("variant", "variants"), ("seed", "seeds")):
+        if one in given and many in commands:
+            raise Trouble(f"--{one} and --{many} are both there; give one of them")
+    each = {many: list(dict.fromkeys(commands.get(many, [given.pop(one, default)])))
+            for one, many, default in (("task", "tasks", "drawer-open"), ("variant", "variants", "moto"),
+                                       ("seed", "seeds", 0))}
     threads = max(1, cores() // jobs)
     waiting, total, running, failed = [], 0, {}, []
-    for variant in commands.get("variants", [given.pop("variant", "moto")]):       # the last changes fastest
-        for task in commands.get("tasks", [given.get("task", "drawer-open")]):
-            for seed in commands.get("seeds", [given.get("seed", 0)]):
+    for variant in each["variants"]:                                                # the last changes fastest
+        for task in each["tasks"]:
+            for seed in each["seeds"]:
                 name = run_name(task, variant, seed)
                 shared = {k: v for k, v in given.items() if k not in VARIANTS.get(variant, {})}
                 mine = {"workers": threads} | shared | {
@@ -2334,8 +2621,9 @@ def last_words(log):
 # Command line
 # ------------------------------------------------------------------------------------------------------------
 
-COMMANDS = ("evaluate", "episodes", "publish", "plot", "sweep", "tasks", "variants", "seeds",
-            "jobs", "executor")
+CONFIG = {f.name for f in dataclasses.fields(Config)}
+USES = {"evaluate": {"episodes"}, "plot": set(),               # which flags go with which command
+        "sweep": CONFIG | {"tasks", "variants", "seeds", "jobs", "executor"}, "": CONFIG}
 
 
 def parse(argv):
@@ -2346,15 +2634,12 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         prog="moto.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         usage="moto.py [--FLAG VALUE ...] | --evaluate LOGDIR [--episodes N] | --plot LOGDIR ... | "
-        "--publish LOGDIR FOLDER | "
         "[--FLAG VALUE ...] --sweep [--tasks TASK ...] [--variants V "
         "...] [--seeds N ...] [--jobs N] [--executor E]",
         description=__doc__.split("\n\n")[0], epilog="Defaults are those of the preset laptop. Others: "
         f"{presets}. Variants: {', '.join(VARIANTS)}.")
-    parser.add_argument("--evaluate", metavar="LOGDIR", help="score a checkpoint on new episodes, draw a GIF")
+    parser.add_argument("--evaluate", metavar="LOGDIR", help="score an agent on new episodes, draw a GIF")
     parser.add_argument("--episodes", type=int, metavar="N", help="with --evaluate: how many episodes")
-    parser.add_argument("--publish", metavar=("LOGDIR", "FOLDER"), nargs=2,
-                        help="copy a finished run, with small weights, to a folder that --evaluate takes")
     parser.add_argument("--plot", metavar="LOGDIR", nargs="+", help="draw curves.png from one or many runs")
     parser.add_argument("--sweep", action="store_true", help="one run per task, variant and seed, as "
                         "processes; repeated, it resumes; --logdir: the folder of the run folders")
@@ -2370,10 +2655,22 @@ def parse(argv):
         else:
             parser.add_argument(flag, type=f.type, metavar=kind, help=text)
     given = vars(parser.parse_args(argv))
-    commands = {name: given.pop(name) for name in COMMANDS if name in given}
+    check_use(given)
+    commands = {name: given.pop(name) for name in [*given] if name not in CONFIG}
     if commands.get("episodes", 1) < 1:
         raise Trouble(f"--episodes is {commands['episodes']} but must be at least 1")
     return build_config(**given), commands, given
+
+
+def check_use(given):
+    """Raise Trouble on a flag that the command does not use: it would be ignored without a word."""
+    command, *others = [name for name in USES if name in given] or [""]
+    if others:
+        raise Trouble(f"--{command} and --{others[0]} are two commands; give one of them")
+    for name in sorted(given.keys() - USES[command] - {command}):
+        users = [f"--{user}" if user else "training" for user, flags in USES.items() if name in flags]
+        raise Trouble(f"--{name.replace('_', '-')} is not used by {f'--{command}' if command else 'training'}, "
+                      f"only by {', '.join(users)}; leave it out")
 
 
 def build_config(**given):
@@ -2397,6 +2694,8 @@ def build_config(**given):
     if cfg.reward_head == "auto":
         cfg.reward_head = "normal" if cfg.task.startswith(("gym:", "kitchen-")) else "bernoulli"
     cfg.logdir = cfg.logdir or f"runs/{run_name(cfg.task, cfg.variant, cfg.seed)}"
+    for name in ("logdir", "data", "cache"):
+        setattr(cfg, name, os.path.expanduser(getattr(cfg, name)))
     check_config(cfg)
     return cfg
 
@@ -2479,7 +2778,8 @@ def check_config(cfg):
     rules += [(name, getattr(cfg, name) > 0, "positive") for name in POSITIVE]
     rules += [(name, not isinstance(value, float) or math.isfinite(value), "finite")
               for name, value in dataclasses.asdict(cfg).items()]
-    rules += [("gamma", cfg.gamma < 1, "below 1: values are in units of 1 / (1 - gamma)"),
+    rules += [("seed", cfg.seed < 2 ** 32, "below 2^32"),
+              ("gamma", cfg.gamma < 1, "below 1: values are in units of 1 / (1 - gamma)"),
               ("frames", cfg.frames < cfg.length, "smaller than --length"),
               ("image_size", cfg.image_size >= 16 and cfg.image_size % 16 == 0, "a multiple of 16"),
               ("precision", cfg.precision in ("float32", "bfloat16"), "auto, float32 or bfloat16"),
@@ -2487,76 +2787,78 @@ def check_config(cfg):
     for name, fine, rule in rules:
         if not fine:
             raise Trouble(f"--{name.replace('_', '-')} is {getattr(cfg, name)!r} but must be {rule}")
-    try:
-        if torch.device(cfg.device).type == "cuda" and not torch.cuda.is_available():
-            raise Trouble("--device cuda: torch sees no GPU; use --device cpu or a CUDA build of torch")
-    except RuntimeError:
-        raise Trouble(f"--device {cfg.device} is not one that torch knows; use cpu or cuda") from None
+    kind, _, index = cfg.device.partition(":")
+    if kind not in ("cpu", "cuda") or kind == "cpu" and index or not (index or "0").isdigit():
+        raise Trouble(f"--device {cfg.device} is none that this program knows; use cpu, cuda or cuda:1")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise Trouble(f"--device {cfg.device}: torch sees {torch.cuda.device_count() or 'no'} GPU; use --device cpu "
+                      "or a CUDA build of torch")
 
 
 def train(cfg):
-    """The main job: demonstrations, pretrain, finetune, pictures, result.json."""
-    write_atomically(Path(cfg.logdir) / "checkpoint.new.pt", lambda file: None)       # a bad disk shows now
-    for partial in Path(cfg.logdir).glob("*.partial"):             # of a process that died while writing
-        partial.unlink()
-    guard = lock(Path(cfg.logdir))
-    run = Run(cfg)
-    try:
-        if run.published:
-            raise Trouble(f"{run.dir} holds a published checkpoint, weights alone: it can be evaluated, not "
-                          "continued; choose another --logdir")
-        run.describe()
-        published = TASKS["paper"].get(cfg.task, PRESETS["paper"])["episode_steps"]
-        print(f"{cfg.task}, {cfg.variant}, seed {cfg.seed}, preset {cfg.preset} (episodes of "
-              f"{cfg.episode_steps} steps; the paper's: {published}), {cfg.device}, {cfg.precision}, "
-              f"renderer: {run.env.describe().get('renderer', 'its own')} -> {run.dir}")
-        changed = [f"{name} {getattr(cfg, name)} for its {value}" for name, value in
-                   VARIANTS[cfg.variant].items() if getattr(cfg, name) != value]
-        if changed:
-            print(f"note: this is {cfg.variant} with {', '.join(changed)}")
-        if run.state["updates"]:
-            print(f"continuing at update {run.state['updates']}, online episode {run.state['episodes']}")
-        run.open_data()
+    """The main job: demonstrations, pretrain, finetune, result.json, pictures."""
+    with lock(Path(cfg.logdir)):
+        for partial in Path(cfg.logdir).glob("*.partial"):         # of a process that died while writing
+            partial.unlink()
+        run = Run(cfg)
         try:
-            pretrain(run)
-            finetune(run)
-        except Stopped:
-            run.save()
-            raise
-        finish(run)
-    finally:
-        run.close()
-        guard.close()
+            announce(run)
+            run.open_data()
+            run.forget_later_metrics()
+            run.describe()
+            try:
+                pretrain(run)
+                finetune(run)
+            except (Stopped, EpisodeTrouble):
+                run.save()
+                raise
+            finish(run)
+        finally:
+            run.close()
+
+
+def announce(run):
+    """Print what will be trained, where, and how it differs from what its names say."""
+    cfg = run.cfg
+    published = TASKS["paper"].get(cfg.task, PRESETS["paper"])["episode_steps"]
+    print(f"{cfg.task}, {cfg.variant}, seed {cfg.seed}, preset {cfg.preset} (episodes of "
+          f"{cfg.episode_steps} steps; the paper's: {published}), {cfg.device}, {cfg.precision}, "
+          f"renderer: {run.env.describe().get('renderer', 'its own')} -> {run.dir}")
+    changed = [f"{name} {getattr(cfg, name)} for its {value}" for name, value in
+               VARIANTS[cfg.variant].items() if getattr(cfg, name) != value]
+    if changed:
+        print(f"note: this is {cfg.variant} with {', '.join(changed)}")
+    if run.state["updates"]:
+        print(f"continuing at update {run.state['updates']}, online episode {run.state['episodes']}")
 
 
 def lock(folder):
-    """An open file that keeps other processes from training in this folder. Raises Trouble where one does."""
-    file = open(folder / ".lock", "w")
+    """An open file that keeps other processes from training in this folder, which is made if need be: before
+    anything else in it is touched. Raises Trouble where one does, and where the folder cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a")
+    except OSError as error:
+        raise Trouble(f"cannot write to {folder} ({error}); choose a --logdir that can be written to") from None
     with contextlib.suppress(ImportError):                         # Windows
         import fcntl
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise Trouble(f"another process is training in {folder}; wait for it, or choose another "
                           "--logdir") from None
+        except OSError as error:                                   # a network's file system, as a rule
+            print(f"note: {folder} cannot be locked ({error}): see to it that one process trains there",
+                  file=sys.stderr)
     return file
 
 
 def finish(run):
-    """Pictures and result.json of a finished run."""
-    cfg, started = run.cfg, time.perf_counter()
-    if run.kept is None:                                             # resumed after the last evaluation
-        _, run.kept = evaluate(cfg, run.players, run.agent, min(4, cfg.final_episodes))
-    draw_curve(cfg, read_metrics(run.dir / "metrics.jsonl"), run.dir / "curve.png")
-    shown = max(run.kept, key=lambda episode: episode["success"])    # the first success, else the first
-    if isinstance(run.agent, Agent):
-        draw_prediction(run.agent, shown, run.dir / "prediction.png")
-        if cfg.task in Kitchen.tasks:
-            draw_combination(cfg, run.env, run.agent, run.dir / "combination.png")
-    write_gif(run.agent, run.kept, run.dir / "eval.gif")
-    run.clock("pictures", started)
+    """result.json of a finished run, then its pictures."""
+    cfg = run.cfg
     offline, final = run.state["scores"]["offline"], run.state["scores"]["final"]
     seconds = {stage: round(value, 1) for stage, value in run.state["seconds"].items()}
+    peaks = [peak_memory_gb(), run.players.peak_memory_gb()]
     write_json(run.dir / "result.json", {
         "task": cfg.task, "variant": cfg.variant, "seed": cfg.seed, "preset": cfg.preset,
         "offline_success": offline["success"], "final_success": final["success"],
@@ -2566,10 +2868,22 @@ def finish(run):
            for name, score in (("offline", offline), ("final", final)) if key in score},
         "updates": run.state["updates"], "env_steps": run.state["env_steps"],
         "wall_seconds": seconds | {"total": round(sum(seconds.values()), 1)}, "device": cfg.device,
-        "peak_memory_gb": round(peak_memory_gb() + run.players.peak_memory_gb(), 2),
+        "peak_memory_gb": None if None in peaks else round(sum(peaks), 2),
         "gpu_memory_gb": gpu_memory_gb(cfg.device)})
     print(f"success offline {offline['success']:.0%}, final {final['success']:.0%} (over {final['episodes']} "
           f"fresh episodes) in {sum(seconds.values()) / 60:.1f} minutes; pictures and weights: {run.dir}")
+    with decorative("curve.png"):
+        draw_curve(cfg, read_metrics(run.dir / "metrics.jsonl"), run.dir / "curve.png")
+    with decorative("pictures of episodes"):
+        if run.kept is None:                                         # resumed after the last evaluation
+            _, run.kept = evaluate(cfg, run.players, run.agent, min(4, cfg.final_episodes))
+        write_gif(run.agent, run.kept, run.dir / "eval.gif")
+        if isinstance(run.agent, Agent):
+            shown = max(run.kept, key=lambda episode: episode["success"])    # the first success, else the first
+            draw_prediction(run.agent, shown, run.dir / "prediction.png")
+    if isinstance(run.agent, Agent) and cfg.task in Kitchen.tasks:
+        with decorative("combination.png"):
+            draw_combination(cfg, run.env, run.agent, run.dir / "combination.png")
 
 
 def machine(device):
@@ -2589,69 +2903,62 @@ def gpu_memory_gb(device):
 
 
 def peak_memory_gb():
-    """The largest resident memory this process ever had, in GiB."""
-    import resource                                                            # absent on Windows
-    unit = 2 ** 20 if sys.platform.startswith("linux") else 2 ** 30
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
+    """The largest resident memory this process ever had, in GiB; None on Windows, which does not tell."""
+    with contextlib.suppress(ImportError):
+        import resource
+        unit = 2 ** 20 if sys.platform.startswith("linux") else 2 ** 30
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
 
 
 def open_run(logdir):
-    """The run in a folder that has a config and a checkpoint, on this machine. Raises Trouble."""
+    """The run in a folder that has config.json and agent.pt, with what acts alone, on this machine. Raises
+    Trouble."""
+    logdir = os.path.expanduser(logdir)
     try:
         config = json.loads((Path(logdir) / "config.json").read_text())["config"]
-        cfg = build_config(**recorded(config) | {"logdir": str(logdir), "device": "auto",
-                                                "workers": min(config["workers"], cores())})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if config.keys() != CONFIG:
+            raise Trouble(f"{logdir} was made by another version of this program, whose config has not the same "
+                          f"fields ({', '.join(sorted(config.keys() ^ CONFIG))}); use the moto.py in that folder")
+        cfg = build_config(**config | {"logdir": logdir, "device": "auto", "workers": min(config["workers"], cores())})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Trouble(f"{logdir} is no run folder ({error}); --evaluate takes a run's --logdir") from None
-    return Run(cfg, fresh_ok=False)
+    return Run(cfg, acting=True)
 
 
 def evaluate_run(logdir, episodes):
-    """--evaluate: score a run folder's checkpoint on episodes no run has seen, print JSON, write eval.gif."""
+    """--evaluate: score the agent in a run's folder on episodes no run has seen, print JSON; write evaluate.gif
+    and, for Franka Kitchen, evaluate-combination.png beside what the run itself left."""
     run = open_run(logdir)
     try:
         cfg = run.cfg
         result, kept = evaluate(cfg, run.players, run.agent, episodes or cfg.final_episodes, first=10_000)
-        write_gif(run.agent, kept, run.dir / "eval.gif")
-        wrote = f"wrote {run.dir / 'eval.gif'}"
+        gif, combination = run.dir / "evaluate.gif", run.dir / "evaluate-combination.png"
+        with decorative(gif.name):
+            write_gif(run.agent, kept, gif)
+            print(f"wrote {gif}", file=sys.stderr)
         if cfg.task in Kitchen.tasks and isinstance(run.agent, Agent):
-            result |= draw_combination(cfg, run.env, run.agent, run.dir / "combination.png")
-            wrote += f" and {run.dir / 'combination.png'}"
+            with decorative(combination.name):
+                result |= draw_combination(cfg, run.env, run.agent, combination)
+                print(f"wrote {combination}", file=sys.stderr)
     finally:
         run.close()
     print(json.dumps({"task": cfg.task, "variant": cfg.variant, "seed": cfg.seed,
                       "updates": run.state["updates"]} | result))
-    print(wrote, file=sys.stderr)
-
-
-def publish(logdir, folder):
-    """--publish: copy a finished run's config, metrics and result, with a small checkpoint (the weights that
-    act, in half precision), to a folder that --evaluate takes."""
-    run, folder = open_run(logdir), Path(folder)
-    try:
-        checkpoint = {"config": dataclasses.asdict(run.cfg), "state": run.state,
-                      "agent": run.agent.published()}
-        write_atomically(folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
-        for name in ("config.json", "metrics.jsonl", "result.json"):
-            content = (run.dir / name).read_bytes()
-            write_atomically(folder / name, lambda file: file.write(content))
-    except FileNotFoundError as error:
-        raise Trouble(f"{logdir} is no finished run ({error}); let it finish first") from None
-    finally:
-        run.close()
-    print(f"wrote {folder}: {(folder / 'checkpoint.pt').stat().st_size / 1e6:.2f} MB of weights")
 
 
 def main(argv=None):
     """Returns the exit code: 0 done, 2 trouble, 130 / 143 stopped and saved after Ctrl-C / SIGTERM."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(2)          # a player's process imports a script that calls this unguarded: Players.started says so
     reuse_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")            # what a terminal cannot show is no error
     with signals_wait():
         try:
             cfg, commands, given = parse(argv)
             if "plot" in commands:
-                plot(commands["plot"])
-            elif "publish" in commands:
-                publish(*commands["publish"])
+                plot(map(os.path.expanduser, commands["plot"]))
             elif "sweep" in commands:
                 sweep(given, commands)
             elif "evaluate" in commands:
@@ -2675,7 +2982,7 @@ def main(argv=None):
 # Franka Kitchen
 # ------------------------------------------------------------------------------------------------------------
 
-KITCHEN_EXTRA = "pip install gymnasium-robotics==1.4.2 'minari[hdf5]==0.5.4' (the extra for Franka Kitchen)"
+KITCHEN_EXTRA = "pip install gymnasium-robotics==1.4.2 'minari[hdf5,hf]==0.5.4' (the extra for Franka Kitchen)"
 OPEN, SHUT = 1.0, -1.0                                               # the action of both fingers
 # Object: the site that its way-points are relative to (m, world axes); the way-points with what the fingers
 # do there, where the work ends last; where to back off. A policy is less exact than a script, and later: a
@@ -2729,7 +3036,9 @@ class Kitchen:
 
     def describe(self):
         name = "gymnasium-robotics"
-        return self.camera.describe() | {name: importlib.metadata.version(name), "scripts": SCRIPTS}
+        code = "".join(map(inspect.getsource, (Kitchen.draw_sequence, Kitchen.play_script, Kitchen.reach)))
+        return self.camera.describe() | {name: importlib.metadata.version(name), "scripts": SCRIPTS,
+                                         "script code": hashlib.sha256(code.encode()).hexdigest()[:12]}
 
     def reset(self, seed):
         self.rng, self.script, self.sequence = np.random.default_rng(seed), None, []
@@ -2823,15 +3132,20 @@ def render_minari(cfg, players):
     name = cfg.data.removeprefix("minari:")
     try:
         data = minari.load_dataset(name, download=True)
-        states = lambda seen: seen["observation"] if isinstance(seen, dict) else seen
-        recorded = [(states(episode.observations), episode.actions) for episode in data.iterate_episodes()]
+        recorded = [(episode.observations, episode.actions) for episode in data.iterate_episodes()]
     except Exception as error:                       # network, files, versions: whatever h5py or minari raise
         raise Trouble(f"the Minari data set {name!r} cannot be read ({type(error).__name__}: {error}); remove "
                       "it and fetch it anew, as by: minari download D4RL/kitchen/mixed-v2") from None
+    recorded = [(seen.get("observation") if isinstance(seen, dict) else seen, actions) for seen, actions in recorded]
     for states, actions in recorded:
-        if states.shape != (len(actions) + 1, 59) or actions.shape[1:] != (9,):
-            raise Trouble(f"the Minari data set {name!r} has observations {states.shape} and actions "
-                          f"{actions.shape}; Franka Kitchen has (L+1, 59) and (L, 9): choose another data set")
+        arrays = isinstance(states, np.ndarray) and isinstance(actions, np.ndarray)
+        if not (arrays and states.shape == (len(actions) + 1, 59) and actions.shape[1:] == (9,)
+                and states.dtype.kind == actions.dtype.kind == "f"
+                and np.isfinite(states).all() and np.isfinite(actions).all()):
+            found = [f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+                     for value in (states, actions)]
+            raise Trouble(f"the Minari data set {name!r} has observations {found[0]} and actions {found[1]}; Franka "
+                          "Kitchen has finite floats (L+1, 59) and (L, 9): choose another data set")
     folder = cache_folder(cfg, players.env, {"minari": name, "episodes": len(recorded)})
     paths = [folder / f"episode{index:04d}.npz" for index in range(len(recorded))]
     missing = [(path, *episode) for path, episode in zip(paths, recorded) if not path.exists()]
@@ -2853,13 +3167,14 @@ def all_four(cfg, env):
     """A scripted episode of all the task's sub-tasks, as no demonstration shows it: a dict as `rollout`'s."""
     env.draw_sequence = lambda: list(env.targets)
     try:
-        for index in range(50):
+        for index in range(10):
             image, action, reward, _ = demonstrate(cfg, env, episode_seed(cfg, "evaluation", 20_000 + index))
             if max(reward) == len(env.targets):
                 return {"image": image, "action": [np.float32(a) for a in action], "reward": reward}
     finally:
         del env.draw_sequence
-    raise Trouble(f"50 scripted attempts at all of {cfg.task} failed; lower --demo-noise")
+    raise Trouble(f"10 scripted attempts at all of {cfg.task} failed in {cfg.episode_steps} steps; raise "
+                  "--episode-steps")
 
 
 @torch.no_grad()

@@ -649,11 +649,15 @@ def test_explore_scales_the_deviation_of_sampled_actions_and_nothing_else(varian
 
 @pytest.mark.parametrize("name", ["drawer-open", "kitchen-partial"])
 def test_a_published_agent_opens_with_the_settings_it_was_made_with(name, monkeypatch):
-    """Also one that is older than a field which its task's preset now sets."""
-    monkeypatch.setattr(moto, "Run", lambda cfg, fresh_ok: cfg)
+    """Whatever its task's preset sets today."""
+    monkeypatch.setattr(moto, "Run", lambda cfg, acting: cfg)
     folder = HERE / "experiments/agents" / name
-    config = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)["config"]
-    assert moto.differences(config, moto.open_run(folder)) == []
+    config = json.loads((folder / "config.json").read_text())["config"]
+    opened = dataclasses.asdict(moto.open_run(folder))
+    assert moto.differences(config, opened, {"logdir", "device", "workers"}) == {}
+    agent = torch.load(folder / "agent.pt", map_location="cpu", weights_only=True)
+    online = opened["online_episodes"] * opened["updates_per_episode"]
+    assert agent["updates"] == opened["offline_updates"] + online
 
 
 @pytest.mark.parametrize("ends", [True, False])
@@ -684,20 +688,30 @@ def test_action_image_reward_alignment_and_time_limits(agent, tmp_path, ends):
 
 
 def test_replay_is_uniform_over_positions_and_mixes_as_told():
-    offline, online = moto.Replay(100, 16, 1), moto.Replay(500, 16, 1)
-    for store, n in ((offline, 30), (online, 60)):
-        store.add({"image": np.zeros((n, 16, 16, 3), np.uint8), "action": np.linspace(0, 1, n - 1)[:, None], "reward": np.arange(n - 1),
-                   "terminal": False}, store is offline)
-    rng = np.random.default_rng(0)
-    batch = offline.sample(rng, 20_000, 5)
+    store, rng = moto.Replay(90, 16, 1), np.random.default_rng(0)
+
+    def add(n, part):
+        store.add({"image": np.full((n, 16, 16, 3), part == "offline", np.uint8),
+                   "action": np.linspace(0, 1, n - 1)[:, None], "reward": np.arange(n - 1), "terminal": False},
+                  part == "offline", part)
+    add(30, "offline")
+    cfg, offline = tiny(batch=8, offline_fraction=0.25), lambda batch: int(batch["image"][:, 0, 0, 0, 0].sum())
+    assert offline(moto.sample_batch(cfg, rng, store)) == 8
+    batch = store.sample(rng, 20_000, 5)
     assert batch["first"][:, 0].all() and not batch["first"][:, 1:].any()      # every sequence starts afresh; one long episode
-    starts = batch["r"][:, 1]
-    counts = np.unique(starts, return_counts=True)[1]
+    counts = np.unique(batch["r"][:, 1], return_counts=True)[1]
     assert len(counts) == 26 and counts.min() > 0.8 * counts.mean() and counts.max() < 1.2 * counts.mean()
-    cfg = tiny(batch=8, offline_fraction=0.25)
-    assert moto.sample_batch(cfg, rng, offline, online)["shown"][:, 0].sum() == 2
-    assert moto.sample_batch(cfg, rng, offline, moto.Replay(10, 16, 1))["shown"].all()
-    assert offline.data["image"].dtype == torch.uint8
+    add(60, "online")
+    assert offline(moto.sample_batch(cfg, rng, store)) == 2
+    counts = np.unique(store.sample(rng, 20_000, 5, "online")["r"][:, 1], return_counts=True)[1]
+    assert len(counts) == 56 and counts.min() > 0.7 * counts.mean()
+    store.join(30, np.arange(10) > 4)                             # its first eleven images; six to ten are imitated
+    batch = store.sample(rng, 20_000, 5)
+    starts = np.unique(batch["r"][~batch["image"][:, 0, 0, 0, 0].bool(), 1])
+    assert starts.tolist() == list(range(11))                     # now drawn as offline data, too
+    assert batch["shown"][~batch["image"][:, 0, 0, 0, 0].bool()].any()
+    assert not store.sample(rng, 20_000, 5, "online")["shown"].any()
+    assert store.data["image"].dtype == torch.uint8 and len(store.data["image"]) == 90       # held once
 
 
 @pytest.mark.parametrize("imitate", [True, False])
@@ -706,22 +720,25 @@ def test_successful_online_episodes_join_the_offline_data(dots, tmp_path, imitat
     run.open_data()
     slowest = max(int(np.argmax(moto.load_episode(path, 16, 2)["reward"])) for path in dots.glob("*.npz"))
     assert run.good_enough == pytest.approx(1 - slowest / 12)                              # of 12 steps, those from the first success on
-    run.good_enough, before = 1 / 12, run.offline.size
+    run.good_enough, before, choices = 1 / 12, run.replay.size, lambda: len(run.replay.starts["offline"])
     for index, rewards in enumerate(([0] * 12, [0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0], [0] * 11 + [1])):
         image = np.full((13, 16, 16, 3), index, np.uint8)
         moto.save_episode(run.episode_path(index), image, np.full((12, 2), index / 10), rewards)
         run.add_online(index)
-    assert run.online.size == 39 and run.offline.size == before + imitate * (7 + 13)       # 4 + 2 actions; 12: the whole
+    assert run.replay.size == before + 39 and choices() == before + imitate * (7 + 13)     # 4 + 2 actions; 12: the whole
+    assert len(run.replay.data["image"]) == before + 5 * 13                                # room for each episode once
     if imitate:
-        joined = {name: values[before:run.offline.size] for name, values in run.offline.data.items()}
+        joined = run.replay.starts["offline"][before:]
+        joined = {name: values[joined] for name, values in run.replay.data.items()}
         assert joined["r"].nonzero().flatten().tolist() == [4, 6, 19] and joined["first"].nonzero().flatten().tolist() == [0, 7]
         assert set(joined["image"][:7].unique().tolist()) == {1} and joined["a"][1:7].unique().tolist() == [pytest.approx(0.1)]
-    size, run.good_enough = run.offline.size, 2 / 12                                       # too slow for the prior, by one step
+        assert joined["shown"].tolist() == [False] + [True] * 6 + [False] + [True] * 12
+    size, run.good_enough = choices(), 2 / 12                                              # too slow for the prior, by one step
     run.add_online(2)
-    assert run.offline.size == size
+    assert choices() == size
     run.good_enough = 1 / 12
     run.add_online(2)
-    assert run.offline.size == size + 13 * imitate
+    assert choices() == size + 13 * imitate
     run.close()
 
 
@@ -747,12 +764,13 @@ def test_the_behaviour_term_imitates_what_leads_up(tmp_path, ahead):
                           0.1 * index + 0.01 * np.arange(len(reward))[:, None].repeat(2, 1), reward)
     run = moto.Run(tiny(data=str(tmp_path), logdir=str(tmp_path / "run"), online_episodes=3, imitate_ahead=ahead, reward_head="normal"))
     run.open_data()
-    assert run.offline.size == 19
+    assert run.replay.size == 19
     for index, reward in enumerate(([0] * 4 + [1] + [0] * 7, [0] * 2 + [1] * 9 + [2], [0] * 3 + [2] + [1] * 8)):          # worth 8, 11, 18
         moto.save_episode(run.episode_path(index), np.zeros((13, 16, 16, 3), np.uint8), 0.5 + 0.1 * index + 0.01 * np.arange(12)[:, None].repeat(2, 1), reward)
         run.add_online(index)
-    assert not run.online.data["shown"].any() and run.offline.size == 19 + 13
-    batch = {name: values[None, :run.offline.size] for name, values in run.offline.data.items()}
+    offline = run.replay.starts["offline"]
+    assert len(offline) == 19 + 13
+    batch = {name: values[None, offline] for name, values in run.replay.data.items()}
     batch = run.agent.arrive(batch)
     imitated = (100 * batch["imitate"][:, 1:, 0][batch["imitated"] > 0]).round().int().tolist()
     if ahead:
@@ -1275,11 +1293,11 @@ def test_evaluate_and_plot_commands(finished, capsys):
     assert moto.main(["--evaluate", str(finished), "--episodes", "3"]) == 0
     score = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert score["episodes"] == 3 and 0 <= score["success"] <= 1 and score["updates"] == 14
-    assert moto.main(["--plot", str(finished), str(finished)]) == 0
+    assert moto.main(["--plot", str(finished), str(finished)]) == 0              # it counts once: one seed
     assert all((finished.parent / name).stat().st_size > 5000 for name in ("curves.png", "gap.png"))
     last = capsys.readouterr().out.splitlines()[-1].split(" | ")
     result = json.loads((finished / "result.json").read_text())
-    assert last[3] == f"{result['offline_success']:.0%}" and last[6] == f"{result['final_success']:.0%}"
+    assert last[2] == "0" and last[3] == f"{result['offline_success']:.0%}" and last[6] == f"{result['final_success']:.0%}"
 
 
 @pytest.mark.parametrize("panels", [1, 2, 7])
@@ -1297,25 +1315,51 @@ def test_the_interval_covers_what_seeds_and_episodes_leave_open():
     row = lambda success, n: {"evaluation/success": success, "evaluation/episodes": n}
     low, high = moto.interval([row(0.5, 50)])
     assert 0.35 < low < 0.39 and 0.61 < high < 0.65                                         # one binomial: 0.5 +- 1.96 * 0.0707
+    placed = lambda *counts: {"evaluation/success": counts[4] / 20, "evaluation/episodes": 20, "evaluation/counts": counts,
+                              "evaluation/completed": np.dot(range(5), counts) / 20}       # Kitchen: episodes with 0 to 4 objects
+    low, high = moto.interval([placed(10, 0, 0, 0, 10)])
+    assert 0.27 < low < 0.33 and 0.67 < high < 0.73                                         # all or nothing: 20 draws, not 80
+    assert np.diff(moto.interval([placed(0, 0, 20, 0, 0)])) < 0.13 and np.diff(moto.interval([placed(10, 0, 0, 0, 10)])) > 0.37
     wide = np.diff(moto.interval([row(0.1, 50), row(0.9, 50)]))
     assert wide > 0.7 > 0.2 > np.diff(moto.interval([row(0.5, 50), row(0.5, 50)]))            # seeds that differ widen it
     assert np.diff(moto.interval([row(0.5, 5000)])) < 0.03 and moto.interval([row(1.0, 50)])[0] > 0.93
 
 
-def test_a_published_checkpoint_scores_as_its_run_did_and_is_not_continued(finished, tmp_path, capsys):
-    assert moto.main(["--publish", str(finished), str(tmp_path / "small")]) == 0
-    assert (tmp_path / "small" / "checkpoint.pt").stat().st_size < 0.25 * (finished / "checkpoint.pt").stat().st_size
-    scores = []
-    for folder in (finished, tmp_path / "small"):
+def test_what_acts_is_enough_to_evaluate_and_not_enough_to_continue(finished, dots, tmp_path, capsys):
+    """A published agent is a copy of two files: it scores as its run does, and no command changes a folder that another one made."""
+    def content(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    small = tmp_path / "small"
+    small.mkdir()
+    for name in ("config.json", "agent.pt"):
+        shutil.copy(finished / name, small)
+    assert (small / "agent.pt").stat().st_size < 0.25 * (finished / "checkpoint.pt").stat().st_size
+    scores, before = [], content(finished)
+    for folder in (finished, small):
         capsys.readouterr()
         assert moto.main(["--evaluate", str(folder), "--episodes", "6"]) == 0
         scores.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
-    assert scores[0]["success"] == scores[1]["success"] and abs(scores[0]["promise"] - scores[1]["promise"]) < 1e-3
+    assert scores[0] == scores[1] and "promise" not in scores[0] and scores[0]["episodes"] == 6
+    after = content(finished)
+    assert after.pop("evaluate.gif") and before.pop("evaluate.gif", True) and after == before
     config = json.loads((finished / "config.json").read_text())["config"]
-    assert moto.main(flags(**(config | {"logdir": tmp_path / "small"}))) == 2 and "not continued" in capsys.readouterr().err
-    whole, small = moto.Run(moto.Config(**config)), moto.Run(moto.Config(**(config | {"logdir": str(tmp_path / "small")})))
-    torch.testing.assert_close(small.agent.model.typical_u, whole.agent.model.typical_u)
-    torch.testing.assert_close(small.agent.model.state_dict(), whole.agent.acting.model.state_dict(), rtol=1e-3, atol=1e-3)
+    before = content(small)
+    one_sentence(capsys, flags(**(config | {"logdir": small})), "cannot be continued")
+    assert {**content(small), ".lock": b""} == before | {".lock": b""}
+    whole, part = moto.Run(moto.Config(**config)), moto.open_run(small)
+    torch.testing.assert_close(part.agent.model.typical_u, whole.agent.model.typical_u)
+    torch.testing.assert_close(part.agent.model.state_dict(), whole.agent.acting.model.state_dict(), rtol=1e-3, atol=1e-3)
+    assert part.state["updates"] == 14
+
+
+def test_evaluating_a_run_that_is_still_training_leaves_its_metrics_alone(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "live")
+    metrics = tmp_path / "live" / "metrics.jsonl"
+    with open(metrics, "a") as file:
+        file.write(json.dumps({"updates": 99, "model/image": 1.0}) + "\n")      # trained since the last checkpoint
+    written = metrics.read_bytes()
+    assert moto.main(["--evaluate", str(tmp_path / "live"), "--episodes", "1"]) == 0
+    assert metrics.read_bytes() == written
 
 
 # ------------------------------------------------------------------------------------------------------ the sweep
@@ -1419,8 +1463,12 @@ def test_two_processes_do_not_train_in_one_folder(dots, tmp_path, capsys):
     fcntl = pytest.importorskip("fcntl")
     with open(tmp_path / ".lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
+        half = {tmp_path / name: name.encode() for name in ("checkpoint.new.pt", "checkpoint.new.pt.7.partial")}
+        for path, content in half.items():                           # what the first one is about to finish
+            path.write_bytes(content)
         assert run(dots, tmp_path) == 2 and "another process is training" in capsys.readouterr().err
-    assert run(dots, tmp_path) == 0
+        assert all(path.read_bytes() == content for path, content in half.items())
+    assert run(dots, tmp_path) == 0 and not list(tmp_path.glob("*.partial"))
 
 
 # ------------------------------------------------------------------------------------------------------ errors
@@ -1481,7 +1529,7 @@ def test_the_bench_with_bad_arguments_says_so(capsys, argv, words):
 
 @pytest.mark.parametrize("argv, words", [(["--sweep", "--variants", "motto"], "did you mean moto"),
                                          (["--sweep", "--jobs", "0"], "--jobs at least 1"), (["--sweep", "--executor", "pbs"], "process, slurm, local"),
-                                         (["--publish", "no/such/run", "x"], "no run folder")])
+                                         (["--evaluate", "no/such/run"], "no run folder")])
 def test_commands_with_bad_arguments_say_so(capsys, argv, words):
     assert moto.main(argv) == 2
     error = capsys.readouterr().err
@@ -1574,6 +1622,324 @@ def test_without_a_gl_backend_the_message_names_the_package(tmp_path):
     env = os.environ | {"MUJOCO_GL": "egl", "LIBGL_DRIVERS_PATH": "/none", "__EGL_VENDOR_LIBRARY_DIRS": "/none"}
     result = child("sys.exit(moto.main(sys.argv[1:]))", "--preset", "debug", "--logdir", tmp_path, env=env)
     assert result.returncode == 2 and "apt-get install" in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ odd environments
+
+
+class Odd:
+    """Gymnasium environments that are the toy's, each odd in one way: `registered(name=value, ...)` makes one, whose attributes and methods these are."""
+    count = itertools.count()
+
+    @staticmethod
+    def registered(**changes):
+        import gymnasium
+        toy = type(gymnasium.make("test/Dot-v0").unwrapped)
+        kind = type("Environment", (toy,), changes)
+        name = f"test/Odd{next(Odd.count)}-v0"
+        gymnasium.register(name, lambda render_mode=None: kind(render_mode))
+        return f"gym:{name}"
+
+    @staticmethod
+    def from_step(number, change):
+        """A step method whose answer is changed from that step of an episode on."""
+        def step(self, action):
+            self.count = getattr(self, "count", 0) + 1
+            answer = list(super(type(self), self).step(action))
+            return change(answer) if self.count >= number else tuple(answer)
+
+        def reset(self, **kwargs):
+            self.count = 0
+            return super(type(self), self).reset(**kwargs)
+        return {"step": step, "reset": reset}
+
+    @staticmethod
+    def picture(change):
+        return {"render": lambda self: change(super(type(self), self).render(), getattr(self, "count", 0))}
+
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+GRAY = np.repeat(PICTURE[..., :1], 3, -1)
+
+
+@pytest.mark.parametrize("given, expected", [
+    (PICTURE, PICTURE), (PICTURE[::-1, ::-1], PICTURE[::-1, ::-1]), ([PICTURE], PICTURE), (PICTURE[..., 0], GRAY), (PICTURE[..., :1], GRAY),
+    (PICTURE / 255, PICTURE), ((PICTURE / 255).astype(np.float32), PICTURE), (np.moveaxis(PICTURE, -1, 0), PICTURE),
+    (np.moveaxis(PICTURE[..., :1], -1, 0), GRAY), (np.concatenate([PICTURE, np.full((6, 8, 1), 255, np.uint8)], -1), PICTURE),
+    (PICTURE[..., 0] > 127, np.where(GRAY > 127, 255, 0)),
+    (None, "NoneType"), ([], "list"), ([PICTURE, PICTURE], "list"), (PICTURE * 2.0, "from 0 to 1"), (PICTURE.astype(np.int64), "int64"),
+    (np.full((6, 8, 3), np.nan), "from 0 to 1"), (PICTURE[..., :2], r"\(6, 8, 2\)"), (PICTURE[None], r"\(1, 6, 8, 3\)"), (PICTURE[:3], r"\(3, 8, 3\)"),
+    (np.zeros((0, 0, 3), np.uint8), r"\(0, 0, 3\)"), (np.concatenate([PICTURE, PICTURE[..., :1]], -1), "transparent")])
+def test_pictures_are_converted_where_that_is_unambiguous_and_refused_elsewhere(given, expected):
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            moto.to_rgb(given)
+    else:
+        image = moto.to_rgb(given)
+        assert image.dtype == np.uint8 and image.flags.c_contiguous
+        np.testing.assert_array_equal(image, expected)
+
+
+@pytest.mark.parametrize("low, high, dtype", [(0, 2, np.int64), (-128, 127, np.int8), (0, 255, np.uint8), (0, 10, np.int32), (-2 ** 53, 2 ** 53, np.int64),
+                                              (-0.1, 5.0, np.float64), (-0.1, 0.7, np.float16), (-3e38, 3e38, np.float32), (-1.7e308, 1.7e308, np.float64)])
+def test_actions_are_mapped_evenly_onto_any_bounded_box(low, high, dtype):
+    import gymnasium
+    env = moto.make_env(tiny(task=Odd.registered(action_space=gymnasium.spaces.Box(low, high, (1,), dtype),
+                                                 step=lambda self, action: (self.p, 0.0, False, False, {}))))
+    actions = np.linspace(-1, 1, 3001)
+    boxed = np.stack([env.to_box([a]) for a in actions])
+    assert all(env.space.contains(value) for value in boxed) and (np.diff(boxed[:, 0].astype(float)) >= 0).all()
+    assert boxed[0] == env.space.low and boxed[-1] == env.space.high
+    if high - low < 11:
+        shares = np.unique(boxed, return_counts=True)[1]
+        assert dtype not in (np.int64, np.int32) or len(shares) == high - low + 1 and np.ptp(shares) <= 2
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(render=lambda self: None), ["render() gave NoneType", "step 0"]),
+    (dict(render=lambda self: 1 / 0), ["render", "ZeroDivisionError"]),
+    (dict(step=lambda self, action: (self.p, 0.0, False, {})), ["step", "terminated, truncated"]),
+    (dict(reset=lambda self: self.p), ["reset", "seed"]),
+    (dict(reset=lambda self, seed=None, options=None: (setattr(self, "p", np.zeros(2)), self.p)[1]), ["reset", "observation, info"]),
+    (Odd.from_step(1, lambda answer: (*answer[:4], {"success": {"left": True}})), ["success", "left", "step 1"]),
+    (Odd.from_step(1, lambda answer: (*answer[:4], {"success": "yes"})), ["success", "yes", "step 1"]),
+    (Odd.from_step(1, lambda answer: (*answer[:4], {"is_success": None})), ["is_success", "None", "step 1"]),
+    (Odd.from_step(1, lambda answer: (answer[0], None, *answer[2:])), ["reward", "None", "step 1"]),
+    (Odd.from_step(1, lambda answer: (answer[0], [1.0, 2.0], *answer[2:])), ["reward", "[1.0, 2.0]", "step 1"]),
+    (Odd.from_step(1, lambda answer: (*answer[:2], None, *answer[3:])), ["terminated", "None"]),
+    (dict(__init__=lambda self, render_mode=None: 1 / 0), ["division by zero"]),
+])
+def test_an_environment_that_cannot_work_is_refused_when_it_is_made(tmp_path, capsys, changes, words):
+    name = Odd.registered(**changes)
+    one_sentence(capsys, flags(**(TINY | {"task": name, "data": tmp_path, "logdir": tmp_path / "run"})), name.removeprefix("gym:"), *words)
+
+
+def test_a_name_that_exists_is_not_proposed_and_one_that_does_not_is(capsys, tmp_path):
+    name = Odd.registered(__init__=lambda self, render_mode=None: 1 / 0)
+    for task, said in ((name, False), ("gym:test/Dott-v0", True)):
+        one_sentence(capsys, ["--task", task, "--logdir", str(tmp_path), "--device", "cpu"], *["gym:MODULE:ID", "did you mean"] * said)
+        capsys.readouterr()
+        moto.main(["--task", task, "--logdir", str(tmp_path), "--device", "cpu"])
+        assert ("did you mean" in capsys.readouterr().err) == said
+
+
+@pytest.mark.parametrize("value, success", [(True, True), (np.bool_(False), False), (1, True), (0.0, False), (np.array([1.0]), True), (np.array([False]), False)])
+def test_success_is_a_boolean_a_number_or_an_array_of_one(value, success):
+    env = moto.make_env(tiny(task=Odd.registered(**Odd.from_step(1, lambda answer: (*answer[:4], {"success": value})))))
+    env.reset([0])
+    assert env.step(np.zeros(2))[-1] is success
+
+
+@pytest.mark.parametrize("changes, words", [
+    (Odd.from_step(4, lambda answer: (answer[0], float("nan"), *answer[2:])), ["reward", "nan", "step 4"]),
+    (Odd.from_step(4, lambda answer: (*answer[:4], {"success": "no"})), ["success", "no", "step 4"]),
+    (Odd.from_step(4, lambda answer: 1 / 0), ["ZeroDivisionError", "step 4"]),
+    (Odd.from_step(99, None) | Odd.picture(lambda image, step: None if step > 3 else image), ["render() gave NoneType", "step 4"]),
+    (Odd.from_step(99, None) | Odd.picture(lambda image, step: image[:8] if step > 3 else image), ["(8, 16, 3)", "(16, 16, 3)", "step 4"]),
+])
+def test_a_fault_in_the_middle_of_a_run_is_named_and_what_was_learned_is_saved(dots, tmp_path, capsys, changes, words):
+    """Offline there is no episode; the evaluation after it is the first to meet the fault."""
+    name = Odd.registered(**changes)
+    one_sentence(capsys, flags(**(TINY | {"task": name, "data": dots, "logdir": tmp_path, "save_every": 100})), name.removeprefix("gym:"), *words)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]["updates"] == 6
+
+
+# ------------------------------------------------------------------------------------------------------ odd machines, folders and habits
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_nothing_decorative_fails_a_run(dots, tmp_path, broken):
+    """Not a machine without the resource module and a display, whose tensorboard is broken; nor a broken matplotlib."""
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard" / "__init__.py").write_text("raise TypeError('broken')")
+    code = ("import os\nsys.modules['resource'] = None\nos.environ.pop('DISPLAY', None)\nsys.path.insert(0, sys.argv[1])\n"
+            f"os.environ['MPLBACKEND'] = '{'no such backend' if broken else 'tkagg'}'\nsys.exit(moto.main(sys.argv[2:]))")
+    done = child(code, tmp_path, *flags(**(TINY | {"data": dots, "logdir": tmp_path / "run"})))
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"result.json", "eval.gif", "agent.pt"} <= left and (not {"curve.png", "prediction.png"} & left if broken else {"curve.png", "prediction.png"} <= left)
+    assert ("note: no curve.png" in done.stderr) == broken and done.stderr.count("note: no TensorBoard events (TypeError: broken)") == 1
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["peak_memory_gb"] is None
+
+
+def test_the_result_is_there_before_any_picture(dots, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(moto, "draw_curve", lambda *args: (_ for _ in ()).throw(moto.Stopped))
+    assert run(dots, tmp_path) in (130, 143) and (tmp_path / "result.json").exists()
+
+
+def test_runs_are_grouped_by_configuration_and_those_without_a_score_left_out(finished, tmp_path, capsys):
+    def variation(name, **changes):
+        shutil.copytree(finished, tmp_path / name)
+        path = tmp_path / name / "config.json"
+        content = json.loads(path.read_text())
+        content["config"].update(changes)
+        path.write_text(json.dumps(content))
+        return str(tmp_path / name)
+    folders = [variation("a"), variation("b", seed=1, logdir="elsewhere", workers=2), variation("c", seed=2, beta=0.03),
+               variation("d", variant="bc"), variation("begun")]
+    (tmp_path / "begun" / "metrics.jsonl").write_text("")
+    assert moto.main(["--plot", *folders, folders[0] + "/../a"]) == 0
+    out, err = capsys.readouterr()
+    rows = [line.split(" | ")[1:3] for line in out.splitlines() if line.startswith("| gym")]
+    assert rows == [["moto, beta 1.0", "0, 1"], ["moto, beta 0.03", "2"], ["bc", "0"]]
+    assert "nan" not in out and f"left out, without a score yet: {tmp_path / 'begun'}" in err
+    one_sentence(capsys, ["--plot", folders[-1]], "no score yet", "begun")
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--evaluate", "RUN", "--seed", "7"], ["--seed", "--evaluate", "--sweep, training"]),
+    (["--evaluate", "RUN", "--plot", "RUN"], ["--evaluate", "--plot", "two commands"]),
+    (["--plot", "RUN", "--alpha", "2"], ["--alpha", "--plot"]),
+    (["--episodes", "3"], ["--episodes", "training", "--evaluate"]),
+    (["--seeds", "3"], ["--seeds", "--sweep"]),
+    (["--sweep", "--seed", "1", "--seeds", "2"], ["--seed", "--seeds"]),
+])
+def test_a_flag_that_a_command_does_not_use_is_refused(finished, capsys, argv, words):
+    one_sentence(capsys, [str(finished) if word == "RUN" else word for word in argv], *words)
+
+
+def test_a_sweep_with_a_seed_twice_runs_it_once(dots, tmp_path, capsys):
+    argv = [*sweep_flags(dots, tmp_path, offline_updates=1, online_episodes=0), "--tasks", DOT, DOT, "--variants", "bc", "bc", "--seeds", "1", "1"]
+    assert moto.main([str(word) for word in argv]) == 0 and "1 runs" in capsys.readouterr().out
+
+
+def test_a_run_is_not_continued_with_other_data_or_by_another_version(dots, tmp_path, capsys):
+    assert run(dots, tmp_path / "run", online_episodes=0) == 0
+    same_data = shutil.copytree(dots, tmp_path / "same")
+    assert run(same_data, tmp_path / "run", online_episodes=0) == 0              # another folder, the same content
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    other = dot_episodes(tmp_path / "other", 6, seed=1)
+    arguments = lambda data: flags(**(TINY | {"data": data, "logdir": tmp_path / "run", "online_episodes": 1}))
+    one_sentence(capsys, arguments(other), "not what", "began with", "--data")
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
+    for path in (tmp_path / "run" / "checkpoint.pt", tmp_path / "run" / "config.json"):
+        old = torch.load(path, weights_only=True) if path.suffix == ".pt" else json.loads(path.read_text())
+        del old["config"]["frames"]                                              # before there was such a field
+        torch.save(old, path) if path.suffix == ".pt" else path.write_text(json.dumps(old))
+    one_sentence(capsys, arguments(dots), "frames (nothing there, 3 now)")
+    one_sentence(capsys, ["--evaluate", str(tmp_path / "run")], "another version", "frames")
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_again_and_one_that_lost_it_does_not(dots, tmp_path, capsys):
+    assert run(dots, tmp_path, online_episodes=0) == 0
+    rows = len(moto.read_metrics(tmp_path / "metrics.jsonl"))
+    for path in tmp_path.glob("checkpoint*.pt"):
+        path.unlink()
+    one_sentence(capsys, flags(**(TINY | {"data": dots, "logdir": tmp_path, "online_episodes": 0})), "without its checkpoint")
+    assert len(moto.read_metrics(tmp_path / "metrics.jsonl")) == rows
+    (tmp_path / "agent.pt").unlink(), (tmp_path / "result.json").unlink()
+    assert run(dots, tmp_path, online_episodes=0) == 0 and len(moto.read_metrics(tmp_path / "metrics.jsonl")) == rows
+
+
+def test_a_replay_that_has_no_room_is_refused_before_demonstrations_are_made(capsys, tmp_path):
+    one_sentence(capsys, flags(task="drawer-open", preset="debug", device="cpu", online_episodes=10 ** 8, cache=tmp_path / "demos", logdir=tmp_path / "run"),
+                 "GB", "--online-episodes")
+    assert not (tmp_path / "demos").exists()
+
+
+@pytest.mark.parametrize("argv, words", [(["--device", "mps"], ["mps", "cpu, cuda"]), (["--device", "meta"], ["meta"]), (["--device", "cuda:x"], ["cuda:x"]),
+                                         (["--device", "cuda:9"], ["cuda:9", "--device cpu"]), (["--seed", str(2 ** 32)], ["--seed", "2^32"]),
+                                         (["--seed", "-1"], ["--seed", "at least 0"])])
+def test_devices_and_seeds_that_cannot_work_are_named(capsys, tmp_path, argv, words):
+    one_sentence(capsys, ["--logdir", tmp_path, *argv], *words)
+
+
+def test_home_in_paths_odd_terminals_and_threads(dots, tmp_path, monkeypatch):
+    """One run: its paths begin with ~, its folder's name is nothing a terminal in ASCII can show, and main is called in a thread."""
+    shutil.copytree(dots, tmp_path / "data")
+    code = ("import threading\ncodes = []\nthread = threading.Thread(target=lambda: codes.append(moto.main(sys.argv[1:])))\n"
+            "thread.start(); thread.join(); sys.exit(codes[0])")
+    done = child(code, *flags(**(TINY | {"data": "~/data", "logdir": "~/läuft", "cache": "~/demos", "offline_updates": 2, "online_episodes": 0})),
+                 env=os.environ | {"HOME": str(tmp_path), "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}, cwd=tmp_path)
+    assert done.returncode == 0 and "l\\xe4uft" in done.stdout, done.stderr
+    assert (tmp_path / "läuft" / "result.json").exists() and not (tmp_path / "~").exists()
+
+
+def test_a_script_without_a_main_guard_is_told_before_anything_is_trained(dots, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport test_moto\nsys.exit(test_moto.moto.main(sys.argv[1:]))\n")
+    argv = flags(**(TINY | {"task": DOT, "data": dots, "logdir": tmp_path / "run", "workers": 2}))
+    done = subprocess.run([sys.executable, script, *argv], capture_output=True, text=True)
+    assert done.returncode == 2 and "__main__" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_compiler_that_cannot_compile_leaves_the_eager_form_and_one_line(tmp_path):
+    code = ("import torch\nf = moto.compiled_or_eager(lambda x: (2 * x).sin().sum(), 'default')\nx = torch.ones(3, requires_grad=True)\n"
+            "for _ in range(2):\n f(x).backward()\nprint(x.grad.tolist())\ng = moto.compiled_or_eager(lambda x: x.nothing, 'default')\ng(x)")
+    done = child(code, env=os.environ | {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"})
+    assert json.loads(done.stdout) == pytest.approx([4 * math.cos(2)] * 3)
+    assert done.stderr.count("torch.compile does not work here") == 1
+    assert done.stderr.splitlines()[-1].startswith("AttributeError")             # an error of the function itself is not hidden
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the choice of MUJOCO_GL is Linux's")
+@pytest.mark.parametrize("name, value", [("MUJOCO_GL", "nonsense"), ("PYOPENGL_PLATFORM", "glx"), ("MUJOCO_GL", "disabled")])
+def test_a_users_gl_setting_that_does_not_work_is_named_as_the_cause(tmp_path, name, value):
+    env = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "DISPLAY")} | {name: value}
+    done = child("sys.exit(moto.main(sys.argv[1:]))", "--preset", "debug", "--device", "cpu", "--logdir", tmp_path, env=env)
+    assert done.returncode == 2 and f"{name}={value}" in done.stderr and "unset it" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_frozen_leaves_what_was_frozen_before(agent):
+    mine = agent.model.decoder.inp
+    mine.requires_grad_(False)
+    with moto.frozen(agent.model):
+        assert not any(p.requires_grad for p in agent.model.parameters())
+    assert not any(p.requires_grad for p in mine.parameters()) and agent.model.encoder.out.weight.requires_grad
+    before = mine.weight.clone()
+    agent.update(batch_of(agent.cfg))
+    assert torch.equal(before, mine.weight)
+
+
+def test_the_critics_promise_is_for_the_latents_that_they_were_trained_on():
+    cfg = tiny()
+    agent, image = moto.Agent(cfg, 2, True, "cpu"), batch_of(cfg)["image"][0, 0].numpy()
+    with torch.no_grad():
+        for parameter in agent.acting.model.parameters():
+            parameter.add_(torch.randn_like(parameter))                          # the averaged weights are others
+    a = torch.as_tensor(agent.acting.act(image)[0])[None]
+    x, first = moto.to_image(torch.as_tensor(image))[None, None], torch.ones(1, 1, dtype=torch.bool)
+    with torch.no_grad():
+        h, z, *_ = agent.model.filter(agent.model.embed(x), torch.zeros(1, 1, 2), first, scale=0.0)
+        q = agent.target(torch.cat([h, z], -1)[0], a).min() * (1 - cfg.gamma)
+    assert agent.promise(image) == pytest.approx(float(q), abs=1e-5)
+    assert moto.Agent(tiny(value_weight=0.0), 2, True, "cpu").promise(image) is None        # critics that never learn
+    env = moto.make_env(cfg)
+    result, _ = moto.evaluate(dataclasses.replace(cfg, value_weight=0.0), moto.Players(cfg, env), moto.Agent(tiny(value_weight=0.0), 2, True, "cpu"), 1)
+    assert "promise" not in result
+
+
+def test_players_get_what_acts_alone_and_do_not_probe_opengl_again(drawer, monkeypatch):
+    sent, policy = [], moto.Agent(tiny(), 2, True, "cpu").acting
+    players = moto.Players(tiny(), drawer)
+    players.pool = type("Pool", (), {"submit": lambda self, function, weights, *rest: sent.append(weights), "shutdown": lambda *a, **k: None})()
+    list(zip(range(0), players.play(policy, [[0, 1, 0]], sample=True)))
+    assert not any("decoder" in name or "priors" in name for name in sent[0]) and "actor.net.0.weight" in sent[0]
+    other = moto.Agent(tiny(seed=1), 2, True, "cpu").acting
+    image = batch_of(tiny())["image"][0, 0].numpy()
+    other.load_state_dict(other.state_dict() | {name: torch.from_numpy(value) for name, value in sent[0].items()})
+    np.testing.assert_array_equal(other.act(image)[0], policy.act(image)[0])
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: (_ for _ in ()).throw(AssertionError("an interpreter was started")))
+    monkeypatch.delitem(sys.modules, "mujoco", raising=False)
+    monkeypatch.setitem(moto.player, "cfg", tiny())
+    assert moto.choose_gl() == ""
+
+
+def test_a_stop_between_two_lines_of_metrics_loses_none_of_their_means(dots, tmp_path, monkeypatch):
+    update, calls, rows = moto.Agent.update, [], []
+
+    def stopping(self, batch):
+        calls.append(1)
+        if len(calls) == 4:
+            moto.asked["signal"] = signal.SIGTERM
+        return update(self, batch)
+    for name, patched in (("whole", update), ("parts", stopping)):
+        monkeypatch.setattr(moto.Agent, "update", patched)
+        code = run(dots, tmp_path / name, log_every=3, online_episodes=0)
+        assert code == (0 if name == "whole" else 143) and (code == 0 or run(dots, tmp_path / name, log_every=3, online_episodes=0) == 0)
+        rows.append([{k: v for k, v in row.items() if k != "seconds"} for row in moto.read_metrics(tmp_path / name / "metrics.jsonl")])
+    assert rows[0] == rows[1] and len(rows[0]) == 3                              # two of updates, and the score after them
 
 
 # ------------------------------------------------------------------------------------------------------ the real simulator
@@ -1787,7 +2153,7 @@ def test_kitchen_scripts_do_their_sub_tasks_and_never_the_whole_task(kitchen):
 
 
 @needs_kitchen
-def test_kitchen_kettle_script_forgives_a_policy_that_is_late(kitchen):
+def test_kitchen_kettle_script_forgives_a_policy_that_is_late(kitchen, monkeypatch):
     """The last push, kept up for ten steps after the kettle is in place, leaves it there, upright."""
     site, points, _ = moto.SCRIPTS["kettle"]
     late = []
@@ -1804,7 +2170,11 @@ def test_kitchen_kettle_script_forgives_a_policy_that_is_late(kitchen):
                 break
         late.append(after == 11 and kitchen.in_place("kettle"))
     assert all(late), late
-    assert kitchen.describe()["scripts"] == moto.SCRIPTS                       # so that demonstrations made with others are not taken for these
+    description = kitchen.describe()
+    assert description["scripts"] == moto.SCRIPTS                              # so that demonstrations made with others are not taken for these
+    with monkeypatch.context() as changed:
+        changed.setattr(moto.Kitchen, "reach", lambda self, target: iter(()))
+        assert kitchen.describe() != description
 
 
 @needs_kitchen
@@ -1865,21 +2235,46 @@ def test_minari_states_are_rendered_and_paid_anew(kitchen, tmp_path, monkeypatch
         players.close()
 
 
+class Recorded:
+    """A Minari data set whose episodes have these observations."""
+
+    def __init__(self, observations):
+        self.observations = observations
+
+    def iterate_episodes(self):
+        return [type("Episode", (), {"observations": self.observations, "actions": np.zeros((4, 9))})]
+
+
 @needs_kitchen
-@pytest.mark.parametrize("fault", ["another robot", "damaged", "missing", "another task"])
-def test_a_wrong_minari_set_is_one_sentence(kitchen, tmp_path, monkeypatch, fault):
-    pytest.importorskip("minari")
+@pytest.mark.parametrize("fault, words", [
+    ("another robot", r"float64 \(5, 17\)"), ("damaged", "minari download"), ("missing", "minari download"),
+    ("another task", "kitchen-partial"), ((np.zeros((5, 59)),), "observations tuple"),
+    ({"state": np.zeros((5, 59))}, "observations NoneType"), ({"observation": np.full((5, 59), np.nan)}, "finite")])
+def test_a_wrong_minari_set_is_one_sentence(kitchen, tmp_path, monkeypatch, fault, words):
+    minari = pytest.importorskip("minari")
     width = 17 if fault == "another robot" else 59
     minari_set("test/wrong-v0", [np.zeros((5, width))], [np.zeros((4, 9))], monkeypatch, tmp_path)
     if fault == "damaged":
         for path in tmp_path.rglob("*.hdf5"):
             path.write_bytes(path.read_bytes()[:200])
+    if not isinstance(fault, str):
+        monkeypatch.setattr(minari, "load_dataset", lambda *args, **kwargs: Recorded(fault))
     monkeypatch.setattr(socket.socket, "connect", lambda *args: (_ for _ in ()).throw(OSError("no network")))
     cfg = kitchen_config(data="minari:test/" + ("missing-v0" if fault == "missing" else "wrong-v0"), cache=str(tmp_path / "cache"))
     if fault == "another task":
         cfg = dataclasses.replace(cfg, task="hammer")
-    with pytest.raises(moto.Trouble, match={"another robot": r"\(5, 17\)", "another task": "kitchen-partial"}.get(fault, "minari download")):
+    with pytest.raises(moto.Trouble, match=words):
         moto.offline_paths(cfg, moto.Players(cfg, kitchen))
+
+
+@needs_kitchen
+def test_a_kitchen_run_whose_scripts_never_complete_all_four_ends_with_its_result(tmp_path, capsys):
+    for index in range(2):
+        moto.save_episode(tmp_path / f"{index}.npz", np.zeros((13, 16, 16, 3), np.uint8), np.zeros((12, 9)), np.zeros(12))
+    assert moto.main(flags(task="kitchen-mixed", preset="debug", device="cpu", image_size=16, supersample=1, workers=1, data=tmp_path,
+                           episode_steps=12, offline_updates=2, online_episodes=0, logdir=tmp_path / "run")) == 0
+    assert "no combination.png" in capsys.readouterr().err
+    assert {"result.json", "eval.gif", "prediction.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
 
 
 def test_kitchen_without_its_extra_names_the_command(monkeypatch):
