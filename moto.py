@@ -2,10 +2,11 @@
 
     python moto.py --task drawer-open                      # demonstrate, pre-train, fine-tune, draw
     python moto.py --task hammer --variant no-unc          # an ablation; the same command again resumes a run
-    python moto.py --evaluate results/drawer-open          # score an agent on fresh episodes, draw a GIF
+    python experiments/baselines.py --variant iql          # or cql, or sac: without a model
+    python moto.py --evaluate experiments/agents/drawer-open  # score an agent on fresh episodes
     python moto.py --sweep --tasks hammer drawer-open --variants moto bc --seeds 0 1 2 --jobs 2
     python moto.py --plot runs/*-seed*                     # learning curves and a table of many runs
-    python moto.py --bench                                 # where the time goes on this machine
+    python experiments/bench.py                            # where the time goes on this machine
     python moto.py --help                                  # every number, its symbol, where it comes from
 
 The paper: Rafailov, Hatch, Kolev, Martin, Phielipp, Finn, "MOTO: Offline Pre-training to Online Fine-tuning
@@ -25,8 +26,8 @@ The algorithm in ten lines:
     8.     actor: raise the expanded value through the model, and stay near the demonstrations (Eq 13, 14, 15)
     9. Theorem B.1 says why lowering the reward is safe (Eq 16, on a table)
 
-Read forward: the mathematics first, then the model-free baselines (BC, IQL, CQL, SAC), then the plumbing
-(files, simulators, pictures, sweeps, command line).
+Read forward: the mathematics first, then behaviour cloning, then the plumbing (files, simulators,
+pictures, sweeps, command line).
 
 Axes:    B batch, T time, H horizon, K ensemble, A action, E embedding, D deterministic, S stochastic,
          F = D + S (feature), N = B * T, P pixels a side, L steps of an episode.
@@ -127,9 +128,6 @@ class Config:
     grad_clip: float = opt(100.0, "largest norm of each optimiser's gradient")
     # The model-free baselines
     frames: int = opt(3, "images stacked, in the baselines [paper: 3] and the behaviour prior")
-    expectile: float = opt(0.5, "IQL: expectile of V [paper: 0.5]")
-    temperature: float = opt(3.0, "IQL: sharpness of the advantage's weight [paper: 3]")
-    cql_weight: float = opt(5.0, "CQL: weight of the conservative term [paper: 5]; 0 is SAC")
     # Loops
     offline_updates: int = opt(500, "N, updates before the first online episode [paper: 1000 on Meta-World]")
     online_episodes: int = opt(45, "online episodes [paper: up to 500]")
@@ -183,11 +181,10 @@ VARIANTS = {
     "no-bc": NO_BC,
     "no-bc-no-unc": NO_BC | dict(alpha=0.0),
     "dreamerv2": NO_BC | dict(alpha=0.0, real_weight=0.0),                      # nor real transitions
-    "bc": dict(online_episodes=0),                                              # these four have no model
-    "iql": {},
-    "cql": {},
-    "sac": dict(cql_weight=0.0),
+    "bc": dict(online_episodes=0),                                              # without a model
 }
+BASELINES = "iql", "cql", "sac"        # experiments/baselines.py adds them to VARIANTS and LEARNERS
+PROGRAM = Path(__file__).resolve()     # each run keeps a copy of it, a cluster's job runs it
 
 
 class Trouble(Exception):
@@ -1022,7 +1019,7 @@ class Agent(Learner):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The model-free baselines: the same encoder, actor, critics, replay and loops, without a model
+# Behaviour cloning: the same actor, replay and loops, without a model
 # ------------------------------------------------------------------------------------------------------------
 
 def stacked(image, first, frames):
@@ -1067,23 +1064,14 @@ class StackPolicy(Policy):
 
 
 class BC(Learner):
-    """Behaviour cloning from stacked frames: Eq 13 alone. The trunk of the baselines with critics, below:
-    StackEncoder and Actor. What trains the encoder is said by each class."""
+    """Behaviour cloning from stacked frames: Eq 13 alone, which trains encoder and actor."""
     promise, trunk = None, "encoder"
 
     def __init__(self, cfg, action_size, terminates, device, compiled=False):
         super().__init__(cfg, device)
         encoder, actor = StackEncoder(cfg), Actor(cfg, action_size)
-        self.prepare(self.rates(cfg), encoder=encoder, actor=actor, acting=StackPolicy(encoder, actor),
-                     **self.more(cfg, action_size))
-
-    def rates(self, cfg):
-        """Learning rates by module."""
-        return {"encoder": cfg.actor_lr, "actor": cfg.actor_lr}
-
-    def more(self, cfg, action_size):
-        """Further modules of a subclass, by name."""
-        return {}
+        self.prepare({"encoder": cfg.actor_lr, "actor": cfg.actor_lr}, encoder=encoder, actor=actor,
+                     acting=StackPolicy(encoder, actor))
 
     def update(self, batch):
         """One step of everything; as Agent.update."""
@@ -1092,8 +1080,6 @@ class BC(Learner):
             loss, metrics = self.losses(feat, batch)
         metrics |= self.step(loss, *self.optimisers)
         self.acting.follow(self.encoder, self.actor, self.cfg.acting_rate)
-        if "critic" in self.modules:
-            update_target(self.target, self.critic, self.cfg.target_rate)
         return as_numbers(metrics)
 
     def losses(self, feat, batch):
@@ -1102,108 +1088,7 @@ class BC(Learner):
         return behaviour, {"actor/behaviour_nll": behaviour}
 
 
-def expectile_loss(error, expectile, weight):
-    """L_tau(error) = |tau - 1(error < 0)| error^2, weighted mean: tau = 1/2 is half the mean square. IQL."""
-    return weighted_mean((expectile - (error < 0).float()).abs() * error.square(), weight)
-
-
-class IQL(BC):
-    """Implicit Q-learning, Kostrikov et al. 2021: no action outside the data is ever asked for its value.
-
-        V: expectile regression of Q(s, a) on the data;   Q(s, a) -> r + gamma V(s')
-        actor: maximise exp(temperature (Q - V)) ln pi(a|s), the weight at most 100
-
-    All three losses train the encoder, at the actor's rate: at three times that, the large weights of the
-    first updates drove its tanh into saturation, and the policy forgot to look (0 instead of 95 % offline).
-    """
-
-    def rates(self, cfg):
-        return super().rates(cfg) | {"critic": cfg.critic_lr, "value": cfg.critic_lr}
-
-    def more(self, cfg, action_size):
-        critic = Critic(cfg, action_size)
-        return {"critic": critic, "target": copy.deepcopy(critic).requires_grad_(False),
-                "value": mlp(cfg.deter + cfg.stoch, cfg.hidden, 1)}
-
-    def losses(self, feat, batch):
-        cfg, a, leaves, unit = self.cfg, batch["a"][:, 1:], batch["leaves"], self.critic.unit
-        q = self.target(feat[:, :-1].detach(), a).min(0).values
-        V = unit * self.value(feat).float().squeeze(-1)
-        advantage = q - V[:, :-1]
-        value = expectile_loss(advantage / unit, cfg.expectile, leaves)
-        y = critic_target(batch["r"], batch["terminal"], V, cfg.gamma)
-        critic = critic_loss(self.critic(feat[:, :-1], a), y, leaves, unit)
-        worth = (cfg.temperature * advantage.detach()).exp().clamp(max=100)
-        nll = action_nll(self.actor, feat, batch["a"])
-        actor = weighted_mean(worth * nll, leaves)
-        return value + critic + actor, {
-            "actor/behaviour_nll": weighted_mean(nll, batch["imitated"]), "critic/real": critic,
-            "critic/value": value, "actor/value": V.mean() / unit,
-            "actor/weight": weighted_mean(worth, leaves)}
-
-    @torch.no_grad()
-    def promise(self, image):
-        """What the critics promise at an episode's first image (P, P, 3), in units of 1 / (1 - gamma)."""
-        a, frames = self.acting.act(image)
-        feat, a = self.encoder(torch.cat(frames, 1)), torch.as_tensor(a, device=self.device)[None]
-        return float(self.target(feat, a).min() / self.target.unit)
-
-
-class CQL(IQL):
-    """Conservative Q-learning, Kumar et al. 2020, on soft actor-critic; with weight 0 it is SAC itself.
-
-        Q(s, a) -> r + gamma (min Q(s', a') - tau ln pi(a'|s')),  a' ~ pi       plus, for each critic,
-        cql_weight * E[ln integral of exp Q(s, .) - Q(s, a)]: actions of the data above all others
-        actor: maximise min Q(s, a) - tau ln pi(a|s);   tau such that the entropy nears -A
-
-    The integral is estimated from ten uniform actions, ten of pi at s and ten of pi at s', each divided by
-    its density. The critics' loss alone trains the encoder (DrQ).
-    """
-    samples = 10
-
-    def rates(self, cfg):
-        return BC.rates(self, cfg) | {"critic": cfg.critic_lr, "log_tau": cfg.actor_lr}
-
-    def more(self, cfg, action_size):
-        log_tau = nn.ParameterList([nn.Parameter(torch.tensor(math.log(0.1)))])
-        return {name: m for name, m in super().more(cfg, action_size).items() if name != "value"} | {
-            "log_tau": log_tau}
-
-    def losses(self, feat, batch):
-        cfg, a, leaves, unit = self.cfg, batch["a"][:, 1:], batch["leaves"], self.critic.unit
-        still, (log_tau,) = feat.detach(), self.log_tau
-        policy = self.actor(still)
-        mine, logp = policy.rsample(torch.randn_like(policy.mean))                       # (B, T', A), (B, T')
-        V = (self.target(still, mine).min(0).values - log_tau.exp() * logp).detach()
-        y = critic_target(batch["r"], batch["terminal"], V, cfg.gamma)
-        q = self.critic(feat[:, :-1], a)
-        critic, gap = critic_loss(q, y, leaves, unit), q.new_zeros(())
-        if cfg.cql_weight:
-            gap = sum(weighted_mean(others - data, leaves)
-                      for others, data in zip(self.integral(feat, policy), q)) / unit ** 2     # as `critic`
-        with frozen(self.critic):
-            hope = self.critic(still, mine).min(0).values
-        actor = (log_tau.exp().detach() * logp - hope).mean() / unit
-        balance = -log_tau * (logp.detach() - a.shape[-1]).mean()
-        return critic + cfg.cql_weight * gap + actor + balance, {
-            "actor/behaviour_nll": behaviour_loss(self.actor, still, batch["a"], batch["imitated"]),
-            "critic/real": critic, "critic/gap": gap * unit ** 2, "actor/value": hope.mean() / unit,
-            "actor/entropy": -logp.mean(), "actor/tau": log_tau.exp()}
-
-    def integral(self, feat, policy):
-        """ln of the integral of exp Q(s, a) over a in [-1, 1]^A, for each critic: (2, B, T'-1)."""
-        B, T, A = policy.mean.shape
-        with torch.no_grad():
-            mine, logp = policy.rsample(torch.randn(self.samples, B, T, A, device=feat.device))
-            uniform = torch.rand_like(mine) * 2 - 1
-        actions = torch.cat([uniform[:, :, :-1], mine[:, :, :-1], mine[:, :, 1:]])        # (3 n, B, T'-1, A)
-        log_density = torch.cat([torch.full_like(logp[:, :, :-1], -A * math.log(2)),
-                                 logp[:, :, :-1], logp[:, :, 1:]])
-        q = self.critic(feat[:, :-1].expand(len(actions), -1, -1, -1), actions)
-        return (q - log_density).logsumexp(1) - math.log(len(actions))
-
-
-LEARNERS = {"bc": BC, "iql": IQL, "cql": CQL, "sac": CQL}               # every other variant: Agent
+LEARNERS = {"bc": BC}                                                   # every other variant: Agent
 
 
 def make_learner(cfg, action_size, terminates, device, compiled=False):
@@ -1532,15 +1417,6 @@ class MetaWorld:
         self.demonstrated = success
         return self.render(), float(success), False, False, success
 
-    def default_env(self):
-        """The same task as Gymnasium renders it by default, for comparison. This one can then render no more:
-        two OpenGL contexts in one process slow each other down."""
-        self.camera.close()
-        env = type(self.env)(seed=0, render_mode="rgb_array")
-        env.seeded_rand_vec, env._freeze_rand_vec = True, False
-        env.reset()
-        return env
-
     def scripted_action(self):
         """The scripted policy's action for the present state, clipped (4,)."""
         observation = self.observation.copy()              # SHARP: door-open's policy edits its input
@@ -1665,9 +1541,6 @@ class GymTask:
             if terminal or truncated:
                 break
         return self.render(), total, bool(terminal), bool(terminal or truncated), success
-
-    def default_env(self):
-        return self.env
 
     def render(self):
         from PIL import Image
@@ -2016,7 +1889,7 @@ class Run:
         self.env.close()
 
     def describe(self):
-        """Write config.json (config, versions, device, git state) and a copy of this file."""
+        """Write config.json (config, versions, device, git state) and a copy of the program."""
         def git(*words):
             folder = Path(__file__).parent
             return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True).stdout.strip()
@@ -2029,7 +1902,8 @@ class Run:
             "config": dataclasses.asdict(self.cfg), "versions": versions, "device": machine(self.cfg.device),
             "environment": self.env.describe(),
             "git": {"commit": commit, "dirty": bool(git("status", "--porcelain"))} if commit else None})
-        write_atomically(self.dir / "moto.py", lambda file: file.write(Path(__file__).read_bytes()))
+        for source in {Path(__file__).resolve(), PROGRAM}:
+            write_atomically(self.dir / source.name, lambda file: file.write(source.read_bytes()))
         if importlib.util.find_spec("tensorboard"):
             with decorative("TensorBoard events"):
                 from torch.utils.tensorboard import SummaryWriter
@@ -2538,7 +2412,7 @@ NO_PART_OF_A_GROUP = {"seed", "logdir", "preset", "device", "precision", "compil
 
 def grouped(runs):
     """Runs (config, rows) -> {task: {label: the runs of one configuration}}."""
-    tasks, order = {}, {name: index for index, name in enumerate(VARIANTS)}
+    tasks, order = {}, {name: index for index, name in enumerate((*VARIANTS, *BASELINES))}
     for run in runs:
         groups = tasks.setdefault(run[0]["task"], [])
         for group in groups:
@@ -2659,7 +2533,7 @@ def submitted(argv, log, threads, cluster):
     executor = submitit.AutoExecutor(folder=Path(log).parent / "submitit", cluster=cluster)
     executor.update_parameters(name="moto", timeout_min=24 * 60, cpus_per_task=threads,
                                gpus_per_node=int(torch.cuda.is_available()))
-    command = ["sh", "-c", 'exec "$@" >>"$0" 2>&1', str(log), sys.executable, str(Path(__file__).resolve())]
+    command = ["sh", "-c", 'exec "$@" >>"$0" 2>&1', str(log), sys.executable, str(PROGRAM)]
     return executor.submit(submitit.helpers.CommandFunction([*command, *argv]))
 
 
@@ -2744,218 +2618,11 @@ def last_words(log):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Bench: where the time goes, against what the machine can do
-# ------------------------------------------------------------------------------------------------------------
-
-def medians(calls, repeat, device):
-    """Time each of a dict of calls `repeat` times, taking turns, so that a busy moment of the machine hits
-    all of them alike -> dict of the median seconds."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    taken = {name: [] for name in calls}
-    for _ in range(repeat):
-        for name, call in calls.items():
-            wait()
-            started = time.perf_counter()
-            call()
-            wait()
-            taken[name].append(time.perf_counter() - started)
-    return {name: float(np.median(values)) for name, values in taken.items()}
-
-
-def flops(call):
-    """Floating-point operations of one call, by torch's own counter: products and convolutions only."""
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
-
-
-def measured_peak(cfg):
-    """Floating-point operations per second of this machine in cfg's number format: the best of some matrix
-    products, each the median of many."""
-    kind = torch.bfloat16 if cfg.precision == "bfloat16" else torch.float32
-    sizes = (2048, 4096, 8192) if cfg.device.startswith("cuda") else (512, 1024, 2048)
-    squares = {n: torch.randn(n, n, device=cfg.device).to(kind) for n in sizes}
-    calls = {n: (lambda m: lambda: m @ m)(m) for n, m in squares.items()}
-    medians(calls, 3, cfg.device)
-    return max(2 * n ** 3 / seconds for n, seconds in medians(calls, 15, cfg.device).items())
-
-
-def synthetic_replay(cfg, episodes):
-    """A replay of random images, actions and rewards, for timing alone."""
-    L, P, A, rng = cfg.episode_steps, cfg.image_size, 4, np.random.default_rng(0)
-    store = Replay(episodes * (L + 1), P, A, cfg.device)
-    for _ in range(episodes):
-        store.add({"image": rng.integers(0, 256, (L + 1, P, P, 3), np.uint8), "terminal": False,
-                   "action": rng.uniform(-0.9, 0.9, (L, A)).astype(np.float32),
-                   "reward": (rng.random(L) < 0.1).astype(np.float32)}, shown=True)
-    return store
-
-
-def learner(cfg, compiled=False, warm=3):
-    """An agent, and a call that updates it once on synthetic data; some updates warm it up."""
-    agent, store = Agent(cfg, 4, False, cfg.device, compiled), synthetic_replay(cfg, 10)
-    rng = np.random.default_rng(0)
-    update = lambda: agent.update(store.sample(rng, cfg.batch, cfg.length))
-    for _ in range(warm):
-        update()
-    return agent, update
-
-
-def bench_forms(cfg, repeat=15):
-    """Updates per second and share of the measured peak, of the plain float32 form, of this config without
-    compiling, and of it compiled. Their updates take turns. Returns operations per update, and the rows."""
-    plain = dataclasses.replace(cfg, precision="float32", compile=False)
-    forms, calls, start = {"plain": (plain, False), "eager": (cfg, False)}, {}, {}
-    if cfg.compile and can_compile(cfg):
-        forms["compiled"] = cfg, True
-    for name, (form, compiled) in forms.items():
-        started = time.perf_counter()
-        calls[name] = learner(form, compiled)[1]
-        start[name] = time.perf_counter() - started
-    count, taken = flops(calls["plain"]), medians(calls, repeat, cfg.device)
-    peak = {form.precision: measured_peak(form) for form in (plain, cfg)}
-    return count, {name: {
-        "precision": form.precision, "updates_per_second": 1 / taken[name],
-        "speedup_over_eager_fp32": taken["plain"] / taken[name],
-        "peak_gflops": peak[form.precision] / 1e9,
-        "fraction_of_peak": count / taken[name] / peak[form.precision],
-        "seconds_to_start": start[name]} for name, (form, _) in forms.items()}
-
-
-def bench_parts(cfg, repeat=10):
-    """Milliseconds and operations of the parts of one update (forward and backward), without compiling."""
-    (agent, update), store, rng = learner(cfg), synthetic_replay(cfg, 10), np.random.default_rng(0)
-    model, B, T, D, device = agent.model, cfg.batch, cfg.length, cfg.deter, cfg.device
-    sample = lambda: store.sample(rng, B, T)
-    x, batch = to_image(sample()["image"], plain=not cfg.compile).flatten(0, 1), agent.arrive(sample())
-    feat = torch.randn(B, T, D + cfg.stoch, device=device)
-    start, embed = feat.flatten(0, 1), torch.randn(B, T, cfg.hidden, device=device, requires_grad=True)
-    H = cfg.horizon
-    states, actions = start.expand(H + 1, -1, -1), torch.zeros(H + 1, B * T, 4, device=device)
-    everything = lambda values: sum(value.float().sum() for value in values)
-
-    def both_ways(forward, *constant):
-        def call():
-            with frozen(*constant), agent.autocast():
-                loss = forward()
-            loss.backward()
-        return call
-
-    def optimisers():
-        for name, optimiser in agent.optimisers.items():
-            nn.utils.clip_grad_norm_(agent.modules[name].parameters(), cfg.grad_clip)
-            optimiser.step()
-        update_target(agent.target, agent.critic, cfg.target_rate)
-        agent.acting.follow(model, agent.actor, cfg.acting_rate)
-    calls = {
-        "whole update": update, "optimisers": optimisers, "data": sample,
-        "encoder": both_ways(lambda: model.encoder(x).float().sum()),
-        "recurrent pass": lambda: sum(                               # one for the model, one to forget
-            everything(model.filter(embed * 1, batch["a"], batch["first"]))
-            for _ in range(1 + bool(cfg.forget))).backward(),
-        "model": both_ways(lambda: agent.model_terms(batch)[0], agent.actor),
-        "imagination": both_ways(lambda: everything(
-            imagine(model, agent.actor, start[:, :D], start[:, D:], H).values()), model),
-        "critic": both_ways(lambda: agent.critic(states, actions).sum()),
-        "policy": both_ways(lambda: agent.policy_terms(feat, feat, batch)[0], model)}
-    medians(calls, 2, device)
-    ms = {name: 1e3 * seconds for name, seconds in medians(calls, repeat, device).items()}
-    gflop = {name: flops(call) / 1e9 for name, call in calls.items()}
-    for values in ms, gflop:
-        values["decoder and model loss"] = values.pop("model") - values["encoder"] - values["recurrent pass"]
-        values["actor"] = values.pop("policy") - values["imagination"] - values["critic"]
-    order = ("data", "encoder", "recurrent pass", "decoder and model loss", "imagination", "critic", "actor",
-             "optimisers", "whole update")
-    return {name: {"ms": ms[name], "gflop": gflop[name]} for name in order}
-
-
-def bench_growth(cfg, repeat=4):
-    """Milliseconds per update at half, at once and at twice each size, the others as configured; and per
-    sampled batch with 10, 100 and 1,000 episodes in the replay."""
-    table = {}
-    for label, names in {"batch B": ["batch"], "sequence length T": ["length"], "ensemble K": ["ensemble"],
-                         "horizon H": ["horizon"], "width": ["channels", "deter", "stoch", "hidden"]}.items():
-        calls = {}
-        for factor in (0.5, 1, 2):
-            sizes = {name: max(2, round(factor * getattr(cfg, name))) for name in names}
-            calls[f"{factor:g}x"] = learner(dataclasses.replace(cfg, **sizes), warm=1)[1]
-        table[label] = {size: 1e3 * value for size, value in medians(calls, repeat, cfg.device).items()}
-    rng, calls = np.random.default_rng(0), {}
-    for episodes in (10, 100, 1000):
-        store = synthetic_replay(cfg, episodes)
-        calls[f"{episodes} episodes"] = lambda store=store: store.sample(rng, cfg.batch, cfg.length)
-    table["sampling"] = {size: 1e3 * value for size, value in medians(calls, 30, cfg.device).items()}
-    return table
-
-
-def bench_env(cfg, steps=100):
-    """Steps per second of the simulator with its picture, and milliseconds per picture, ours and default."""
-    env = make_env(cfg)
-    env.reset([0, 0, 0])
-    still = np.zeros(env.action_size, np.float32)
-    step, ours = medians({"step": lambda: env.step(still), "ours": env.render}, steps, "cpu").values()
-    default = env.default_env()
-    default.render()
-    usual, = medians({"default": default.render}, steps // 2, "cpu").values()
-    default.close()
-    env.close()
-    return {"env_steps_per_second": 1 / step, "render_ms": 1e3 * ours, "default_render_ms": 1e3 * usual,
-            "render_speedup": usual / ours}
-
-
-def bench(cfg, as_json):
-    """--bench: measure this config on this machine; a table, or JSON on standard output.
-
-    The figures at the top level are those of the form that is fastest once it runs, named in `form`. Raises
-    Trouble for the model-free baselines, whose updates have none of these parts.
-    """
-    if cfg.variant in LEARNERS:
-        raise Trouble(f"--bench measures the parts of MOTO; {cfg.variant} has none of them: choose another "
-                      "--variant")
-    learner(cfg)
-    result = {"machine": machine(cfg.device), "torch": torch.__version__, "threads": torch.get_num_threads(),
-              "preset": cfg.preset, "device": cfg.device, "precision": cfg.precision,
-              "peak_memory_gb": peak_memory_gb(), "gpu_memory_gb": gpu_memory_gb(cfg.device)}
-    stages = {"forms": bench_forms, "parts": bench_parts, "growth": bench_growth, "env": bench_env}
-    for name, stage in tqdm(stages.items(), desc="bench", leave=False):
-        result[name] = stage(cfg)
-        exit_if_asked()
-    count, forms = result["forms"]
-    best = max(forms, key=lambda name: forms[name]["updates_per_second"])
-    result |= {"gflop_per_update": count / 1e9, "forms": forms, "form": best}
-    result |= forms[best] | result.pop("env")
-    rounded = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.4g}"))
-    print(json.dumps(rounded, indent=1) if as_json else bench_text(rounded))
-
-
-def bench_text(r):
-    """The result of `bench` as a table to read."""
-    lines = [f"{r['machine']}, torch {r['torch']}, {r['threads']} threads",
-             f"preset {r['preset']}, {r['precision']}, {r['gflop_per_update']:.1f} GFLOP per update", "",
-             f"{'form':28}{'updates/s':>10}{'of peak':>9}{'speed-up':>10}{'start, s':>10}"]
-    for name, f in r["forms"].items():
-        lines.append(f"{name + ', ' + f['precision']:28}{f['updates_per_second']:10.2f}"
-                     f"{f['fraction_of_peak']:9.0%}{f['speedup_over_eager_fp32']:9.2f}x"
-                     f"{f['seconds_to_start']:10.1f}   (peak: {f['peak_gflops']:.0f} GFLOP/s)")
-    lines += ["", f"{'part (eager)':28}{'ms':>10}{'GFLOP':>9}"]
-    lines += [f"{name:28}{part['ms']:10.1f}{part['gflop']:9.2f}" for name, part in r["parts"].items()]
-    lines += ["", "growth (ms; the first five: per update, eager; the last: per sampled batch)"]
-    for name, row in r["growth"].items():
-        lines.append(f"{name:28}" + "   ".join(f"{size}: {ms:.3g}" for size, ms in row.items()))
-    lines += ["", f"simulator: {r['env_steps_per_second']:.0f} steps/s with pictures; a picture takes "
-              f"{r['render_ms']:.2f} ms, by default {r['default_render_ms']:.1f}: "
-              f"{r['render_speedup']:.1f} times faster",
-              f"peak memory: {r['peak_memory_gb']} GB, of a GPU {r['gpu_memory_gb']} GB"]
-    return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------
 
 CONFIG = {f.name for f in dataclasses.fields(Config)}
-USES = {"evaluate": {"episodes"}, "plot": set(), "bench": CONFIG | {"json"},       # which flags go with which command
+USES = {"evaluate": {"episodes"}, "plot": set(),               # which flags go with which command
         "sweep": CONFIG | {"tasks", "variants", "seeds", "jobs", "executor"}, "": CONFIG}
 
 
@@ -2967,15 +2634,13 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         prog="moto.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         usage="moto.py [--FLAG VALUE ...] | --evaluate LOGDIR [--episodes N] | --plot LOGDIR ... | "
-        "[--FLAG VALUE ...] --bench [--json] | [--FLAG VALUE ...] --sweep [--tasks TASK ...] [--variants V "
+        "[--FLAG VALUE ...] --sweep [--tasks TASK ...] [--variants V "
         "...] [--seeds N ...] [--jobs N] [--executor E]",
         description=__doc__.split("\n\n")[0], epilog="Defaults are those of the preset laptop. Others: "
         f"{presets}. Variants: {', '.join(VARIANTS)}.")
     parser.add_argument("--evaluate", metavar="LOGDIR", help="score an agent on new episodes, draw a GIF")
     parser.add_argument("--episodes", type=int, metavar="N", help="with --evaluate: how many episodes")
     parser.add_argument("--plot", metavar="LOGDIR", nargs="+", help="draw curves.png from one or many runs")
-    parser.add_argument("--bench", action="store_true", help="measure the speed of a config here")
-    parser.add_argument("--json", action="store_true", help="with --bench: print JSON")
     parser.add_argument("--sweep", action="store_true", help="one run per task, variant and seed, as "
                         "processes; repeated, it resumes; --logdir: the folder of the run folders")
     for name, kind in (("tasks", str), ("variants", str), ("seeds", int)):
@@ -3011,6 +2676,9 @@ def check_use(given):
 def build_config(**given):
     """Config: explicit values over the variant's over the task's over the preset's over the defaults.
     Raises Trouble."""
+    if given.get("variant") in BASELINES and given["variant"] not in VARIANTS:
+        raise Trouble(f"the variant {given['variant']} lives in experiments/baselines.py; repeat "
+                      "the command with python experiments/baselines.py in place of python moto.py")
     for name, known in (("preset", [*PRESETS, "auto"]), ("variant", [*VARIANTS])):
         if given.setdefault(name, known[-1] if name == "preset" else known[0]) not in known:
             raise Trouble(f"unknown {name} {given[name]!r}; {nearest(given[name], known)}")
@@ -3030,6 +2698,21 @@ def build_config(**given):
         setattr(cfg, name, os.path.expanduser(getattr(cfg, name)))
     check_config(cfg)
     return cfg
+
+
+def medians(calls, repeat, device):
+    """Time each of a dict of calls `repeat` times, taking turns, so that a busy moment of the
+    machine hits all of them alike -> dict of the median seconds."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    taken = {name: [] for name in calls}
+    for _ in range(repeat):
+        for name, call in calls.items():
+            wait()
+            started = time.perf_counter()
+            call()
+            wait()
+            taken[name].append(time.perf_counter() - started)
+    return {name: float(np.median(values)) for name, values in taken.items()}
 
 
 @functools.cache
@@ -3077,14 +2760,13 @@ def reuse_memory():
 
 AT_LEAST = {0: ("seed", "workers", "demo_noise", "demo_tail", "free_nats", "kl_scale", "reward_scale",
                 "repr_weight", "alpha", "beta", "eta", "real_weight", "value_weight", "offline_updates",
-                "online_episodes", "shift", "temperature", "cql_weight", "explore", "latent_noise",
-                "imitate_ahead", "memory"),
+                "online_episodes", "shift", "explore", "latent_noise", "imitate_ahead", "memory"),
             1: ("action_repeat", "supersample", "episode_steps", "demos", "batch", "channels", "deter",
                 "stoch", "hidden", "ensemble", "horizon", "updates_per_episode", "eval_every",
                 "eval_episodes", "final_episodes", "log_every", "save_every", "frames"),
             2: ("length",)}
 SHARES = ("gamma", "lam", "forget", "kl_balance", "decode", "offline_fraction", "target_rate", "acting_rate",
-          "lag", "expectile")
+          "lag")
 POSITIVE = ("min_std", "model_lr", "actor_lr", "critic_lr", "grad_clip", "decode")
 
 
@@ -3279,8 +2961,6 @@ def main(argv=None):
                 plot(map(os.path.expanduser, commands["plot"]))
             elif "sweep" in commands:
                 sweep(given, commands)
-            elif "bench" in commands:
-                bench(cfg, commands.get("json", False))
             elif "evaluate" in commands:
                 evaluate_run(commands["evaluate"], commands.get("episodes"))
             else:
@@ -3432,14 +3112,6 @@ class Kitchen:
             posture = self.env.robot_env.init_qpos[:7] - self.data.qpos[:7]
             joints = inverse @ wanted + (np.eye(7) - inverse @ J) @ (0.05 * posture)
             yield np.clip(np.append(2.2 / 0.16 * joints, [fingers, fingers]), -1, 1)      # 0.16: a step at 1
-
-    def default_env(self):
-        """The same scene as Gymnasium renders it by default. This one can then render no more."""
-        import gymnasium
-        self.camera.close()
-        env = gymnasium.make("FrankaKitchen-v1", render_mode="rgb_array")
-        env.reset(seed=0)
-        return env
 
     def close(self):
         self.camera.close()

@@ -1,4 +1,5 @@
-"""Tests of moto.py: every equation against an independent oracle, then data, resuming, errors, simulator, command line, learning.
+"""Tests of moto.py: every equation against an independent oracle, then data, resuming, errors,
+simulator, command line, learning; and of what is in experiments/.
 
     python -m pytest -q test_moto.py
 """
@@ -12,9 +13,13 @@ import torch.distributions as D
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))                                                 # for the processes that the tests start
-spec = importlib.util.spec_from_file_location("moto", HERE / "moto.py")       # this file, even where PyPI's moto is installed
-moto = sys.modules["moto"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(moto)
+moto = sys.modules.get("moto")
+if getattr(moto, "__file__", None) != str(HERE / "moto.py"):         # or it is PyPI's moto
+    spec = importlib.util.spec_from_file_location("moto", HERE / "moto.py")
+    moto = sys.modules["moto"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(moto)
+sys.path.insert(0, str(HERE / "experiments"))
+import baselines, bench
 
 TINY = dict(task="gym:test/Dot-v0", device="cpu", precision="float32", workers=1, lag=0, image_size=16, action_repeat=1, episode_steps=12, batch=4, length=6, channels=4,
             deter=16, stoch=6, hidden=16, ensemble=3, horizon=3, offline_updates=6, online_episodes=2, updates_per_episode=4,
@@ -488,7 +493,8 @@ def test_a_variant_is_a_change_of_numbers():
     for name, changes in moto.VARIANTS.items():
         assert set(changes) <= fields
         agent = moto.make_learner(tiny(variant=name), 2, True, "cpu")
-        assert type(agent) is {"bc": moto.BC, "iql": moto.IQL, "cql": moto.CQL, "sac": moto.CQL}.get(name, moto.Agent)
+        assert type(agent) is {"bc": moto.BC, "iql": baselines.IQL, "cql": baselines.CQL,
+                               "sac": baselines.SAC}.get(name, moto.Agent)
         before = snapshot(agent)
         agent.update(batch_of(agent.cfg))
         moved = {n for n, v in snapshot(agent).items() if not torch.equal(v, before[n])}
@@ -645,11 +651,13 @@ def test_explore_scales_the_deviation_of_sampled_actions_and_nothing_else(varian
 def test_a_published_agent_opens_with_the_settings_it_was_made_with(name, monkeypatch):
     """Whatever its task's preset sets today."""
     monkeypatch.setattr(moto, "Run", lambda cfg, acting: cfg)
-    config = json.loads((HERE / "results" / name / "config.json").read_text())["config"]
-    opened = dataclasses.asdict(moto.open_run(HERE / "results" / name))
+    folder = HERE / "experiments/agents" / name
+    config = json.loads((folder / "config.json").read_text())["config"]
+    opened = dataclasses.asdict(moto.open_run(folder))
     assert moto.differences(config, opened, {"logdir", "device", "workers"}) == {}
-    assert torch.load(HERE / "results" / name / "agent.pt", map_location="cpu", weights_only=True)["updates"] == opened[
-        "offline_updates"] + opened["online_episodes"] * opened["updates_per_episode"]
+    agent = torch.load(folder / "agent.pt", map_location="cpu", weights_only=True)
+    online = opened["online_episodes"] * opened["updates_per_episode"]
+    assert agent["updates"] == opened["offline_updates"] + online
 
 
 @pytest.mark.parametrize("ends", [True, False])
@@ -979,20 +987,23 @@ def test_bc_against_an_oracle():
 
 def test_expectile_loss_is_asymmetric_and_finds_the_expectile():
     x, one = torch.tensor([2.0, -1.0, 3.0]), torch.ones(3)
-    torch.testing.assert_close(moto.expectile_loss(x, 0.5, one), 0.5 * x.square().mean())
-    torch.testing.assert_close(moto.expectile_loss(x, 0.9, one), (0.9 * 4 + 0.1 * 1 + 0.9 * 9) / torch.tensor(3.0))
+    torch.testing.assert_close(baselines.expectile_loss(x, 0.5, one), 0.5 * x.square().mean())
+    torch.testing.assert_close(baselines.expectile_loss(x, 0.9, one),
+                               (0.9 * 4 + 0.1 * 1 + 0.9 * 9) / torch.tensor(3.0))
     v = torch.zeros((), requires_grad=True)                                                # of {0, 1} at tau = 0.9: v = 0.9
     optimiser = torch.optim.SGD([v], 0.5)
     for _ in range(500):
         optimiser.zero_grad()
-        moto.expectile_loss(torch.tensor([0.0, 1.0]) - v, 0.9, torch.ones(2)).backward()
+        baselines.expectile_loss(torch.tensor([0.0, 1.0]) - v, 0.9, torch.ones(2)).backward()
         optimiser.step()
     assert abs(float(v) - 0.9) < 1e-3
 
 
 @pytest.mark.parametrize("expectile", [0.5, 0.8])
-def test_iql_against_an_oracle(expectile):
-    agent, feat, batch = baseline("iql", expectile=expectile, temperature=3.0, gamma=0.9)
+def test_iql_against_an_oracle(expectile, monkeypatch):
+    assert (baselines.IQL.expectile, baselines.IQL.temperature) == (0.5, 3.0)
+    monkeypatch.setattr(baselines.IQL, "expectile", expectile)
+    agent, feat, batch = baseline("iql", gamma=0.9)
     unit, value, critic, actor = 10.0, [], [], []
     with torch.no_grad():
         for p in agent.target.parameters():
@@ -1018,7 +1029,7 @@ def test_iql_against_an_oracle(expectile):
 def test_cql_integral_against_quadrature(monkeypatch):
     agent, feat, _ = baseline("cql")
     monkeypatch.setattr(agent, "critic", lambda s, a: torch.stack([2 * a.sum(-1), -a.square().sum(-1)]))
-    monkeypatch.setattr(moto.CQL, "samples", 20_000)
+    monkeypatch.setattr(baselines.CQL, "samples", 20_000)
     torch.manual_seed(0)
     policy = agent.actor(feat[:1, :2])
     x = torch.linspace(-1, 1, 2001)
@@ -1032,7 +1043,7 @@ def test_cql_integral_against_quadrature(monkeypatch):
 def test_sac_and_cql_against_an_oracle(variant, monkeypatch):
     """With the policy made deterministic its one sample is its mode, and every term can be computed by hand."""
     agent, feat, batch = baseline(variant, gamma=0.9)
-    assert agent.cfg.cql_weight == {"sac": 0.0, "cql": 5.0}[variant]
+    assert agent.cql_weight == {"sac": 0.0, "cql": 5.0}[variant]
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     integral = torch.rand(2, 4, 5)
     monkeypatch.setattr(agent, "integral", lambda *_: integral)
@@ -1052,7 +1063,7 @@ def test_sac_and_cql_against_an_oracle(variant, monkeypatch):
         a, logp = mode(s[None])
         hope.append(agent.critic(s[None], a).min()), logps.append(logp)
     logp, log_tau = torch.cat(logps), agent.log_tau[0]
-    parts = {"critic": torch.stack(critic).mean() + agent.cfg.cql_weight * torch.stack(gap).mean(),
+    parts = {"critic": torch.stack(critic).mean() + agent.cql_weight * torch.stack(gap).mean(),
              "actor": (0.3 * logp - torch.stack(hope)).mean() / 10, "log_tau": -log_tau * (logp.detach() - 2).mean()}
     loss, _ = agent.losses(feat, batch)
     torch.testing.assert_close(loss, sum(parts.values()), rtol=1e-4, atol=1e-4)
@@ -1076,6 +1087,51 @@ def test_cql_prefers_the_actions_of_the_data():
     cautious = preference("cql")["critic/gap"]
     assert cautious < moto.make_learner(tiny(variant="cql", shift=0), 2, False, "cpu").update(batch_of(tiny()))["critic/gap"] - 1
     assert preference("sac")["critic/gap"] == 0
+
+
+@pytest.mark.parametrize("variant", ["iql", "cql"])
+def test_a_baseline_that_was_stopped_resumes_bit_for_bit(dots, tmp_path, monkeypatch, variant):
+    learner, calls = moto.LEARNERS[variant], []
+    assert run(dots, tmp_path / "whole", variant=variant) == 0
+    update = learner.update
+
+    def stopping(self, batch):
+        calls.append(1)
+        if len(calls) == 8:                                          # inside an episode's updates
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(self, batch)
+    with monkeypatch.context() as patch:
+        patch.setattr(learner, "update", stopping)
+        assert run(dots, tmp_path / "parts", variant=variant, save_every=100) == 143
+    assert run(dots, tmp_path / "parts", variant=variant, save_every=100) == 0
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert len(whole) == len(parts) and all(map(same, whole, parts))
+
+
+def test_the_command_of_the_baselines_with_processes_that_play(dots, tmp_path, capsys):
+    """Every process knows the class: the sweep's, and those in which its run plays episodes."""
+    sweep = [*sweep_flags(dots, tmp_path, workers=2, online_episodes=1), "--tasks", DOT,
+             "--variants", "iql"]
+    folder = tmp_path / "gym-test_moto-test-Dot-v0-iql-seed0"
+    source = HERE / "experiments/baselines.py"
+    for argv in (sweep, ["--evaluate", folder, "--episodes", 2]):
+        command = [sys.executable, source, *map(str, argv)]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["variant"] == "iql"
+    assert (folder / source.name).read_bytes() == source.read_bytes()
+    assert moto.main([str(word) for word in sweep]) == 0
+    assert "1 finished before, 0 to do" in capsys.readouterr().out
+
+
+def test_moto_alone_says_where_the_baselines_are(capsys, monkeypatch):
+    assert set(moto.BASELINES) == moto.LEARNERS.keys() - {"bc"}
+    for name in moto.BASELINES:
+        monkeypatch.delitem(moto.VARIANTS, name)
+        for argv in (["--variant", name], ["--sweep", "--variants", "moto", name],
+                     ["--evaluate", HERE / f"experiments/runs/drawer-open-{name}-seed3"]):
+            one_sentence(capsys, argv, name, "python experiments/baselines.py")
 
 
 # ------------------------------------------------------------------------------------------------------ runs and resuming
@@ -1322,15 +1378,18 @@ def finish_times(root):
 
 def test_a_sweep_runs_all_reports_failures_and_skips_what_is_finished(dots, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))   # of the sweep's processes: sums depend on it
-    argv = [*sweep_flags(dots, tmp_path), "--tasks", DOT, "gym:NoSuch-v0", "--variants", "moto", "iql", "--jobs", "2"]
+    argv = [*sweep_flags(dots, tmp_path), "--tasks", DOT, "gym:NoSuch-v0",
+            "--variants", "moto", "no-unc", "--jobs", "2"]
     assert moto.main(argv) == 2
     captured = capsys.readouterr()
-    names = {f"gym-test_moto-test-Dot-v0-{variant}-seed0" for variant in ("moto", "iql")}
+    names = {f"gym-test_moto-test-Dot-v0-{variant}-seed0" for variant in ("moto", "no-unc")}
     assert set(finish_times(tmp_path)) == names and "4 runs" in captured.out and "2 of 4 runs failed" in captured.err
-    assert "gym-NoSuch-v0-iql-seed0" in captured.err and "NoSuch" in (tmp_path / "gym-NoSuch-v0-iql-seed0" / "log.txt").read_text()
-    alone = tmp_path / "alone" / "iql"                               # each run is what its own command would have made
-    assert moto.main(flags(**(TINY | dict(task=DOT, data=dots, variant="iql", logdir=alone)))) == 0
-    assert all(same(a, b) for a, b in zip(weights(alone), weights(tmp_path / "gym-test_moto-test-Dot-v0-iql-seed0")))
+    failed, other = "gym-NoSuch-v0-no-unc-seed0", "gym-test_moto-test-Dot-v0-no-unc-seed0"
+    assert failed in captured.err and "NoSuch" in (tmp_path / failed / "log.txt").read_text()
+    alone = tmp_path / "alone" / "no-unc"              # each run is what its own command makes
+    own = dict(task=DOT, data=dots, variant="no-unc", logdir=alone)
+    assert moto.main(flags(**(TINY | own))) == 0
+    assert all(same(a, b) for a, b in zip(weights(alone), weights(tmp_path / other)))
     before = finish_times(tmp_path)
     capsys.readouterr()
     mine = [word for word in argv if word != "gym:NoSuch-v0"]
@@ -1338,7 +1397,7 @@ def test_a_sweep_runs_all_reports_failures_and_skips_what_is_finished(dots, tmp_
     assert finish_times(tmp_path) == before and "2 finished before, 0 to do" in capsys.readouterr().out
     assert not moto.finished(moto.build_config(**(TINY | dict(task=DOT, data=str(dots), logdir=str(tmp_path / min(names)), gamma=0.5))))
     assert moto.main([word for word in mine if word != "moto"] + ["--online-episodes", "3"]) == 0      # another budget: not finished
-    assert {name for name in names if finish_times(tmp_path)[name] != before[name]} == {"gym-test_moto-test-Dot-v0-iql-seed0"}
+    assert {name for name in names if finish_times(tmp_path)[name] != before[name]} == {other}
 
 
 def test_flags_of_a_sweep_leave_a_variant_what_it_is_and_a_single_run_says_what_it_became(dots, tmp_path, capsys):
@@ -1382,14 +1441,17 @@ def test_a_killed_sweep_leaves_nothing_running_and_resumes(dots, tmp_path, capsy
 
 def test_a_sweep_through_submitit(dots, tmp_path, capsys):
     pytest.importorskip("submitit")
-    argv = [*sweep_flags(dots, tmp_path, online_episodes=1), "--tasks", "gym:NoSuch-v0", DOT, "--variants", "bc", "--jobs", "2", "--executor", "local"]
+    argv = [*sweep_flags(dots, tmp_path, online_episodes=1), "--tasks", "gym:NoSuch-v0", DOT,
+            "--variants", "iql", "--jobs", "2", "--executor", "local"]
     assert moto.main([str(word) for word in argv]) == 2
-    assert list(finish_times(tmp_path)) == ["gym-test_moto-test-Dot-v0-bc-seed0"] and "NoSuch" in capsys.readouterr().err
+    assert list(finish_times(tmp_path)) == ["gym-test_moto-test-Dot-v0-iql-seed0"]
+    assert "NoSuch" in capsys.readouterr().err
 
 
 def test_a_reader_that_stops_reading_is_no_error(tmp_path):
-    """As in `python moto.py --plot results/*-seed* | head -3`."""
-    shutil.copytree(HERE / "results/drawer-open-bc-seed3", tmp_path / "drawer-open-bc-seed3")
+    """As in `python moto.py --plot experiments/runs/*-seed* | head -3`."""
+    name = "drawer-open-bc-seed3"
+    shutil.copytree(HERE / "experiments/runs" / name, tmp_path / name)
     process = subprocess.Popen([sys.executable, HERE / "moto.py", "--plot", tmp_path / "drawer-open-bc-seed3"], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": ""})
     process.stdout.close()                                           # before it has written anything
@@ -1456,7 +1518,16 @@ def test_bad_input_gets_one_sentence(capsys, tmp_path, argv, words):
     one_sentence(capsys, argv + [w for k, v in defaults.items() if k not in argv for w in (k, v)], *words)
 
 
-@pytest.mark.parametrize("argv, words", [(["--bench", "--variant", "iql"], "parts of MOTO"), (["--sweep", "--variants", "motto"], "did you mean moto"),
+@pytest.mark.parametrize("argv, words", [
+    (["--variant", "bc"], "parts of MOTO"), (["--variant", "iql"], "parts of MOTO"),
+    (["--gamma", "2"], "--gamma"), (["--evaluate", "x"], "--evaluate is for moto.py")])
+def test_the_bench_with_bad_arguments_says_so(capsys, argv, words):
+    assert bench.main(argv) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("argv, words", [(["--sweep", "--variants", "motto"], "did you mean moto"),
                                          (["--sweep", "--jobs", "0"], "--jobs at least 1"), (["--sweep", "--executor", "pbs"], "process, slurm, local"),
                                          (["--evaluate", "no/such/run"], "no run folder")])
 def test_commands_with_bad_arguments_say_so(capsys, argv, words):
@@ -1965,7 +2036,8 @@ def test_players_end_with_their_parent(tmp_path):
 
 
 def test_bench_measures_and_its_parts_add_up(capsys):
-    assert moto.main(["--bench", "--json", *flags(task="drawer-open", preset="debug", device="cpu", precision="float32"), "--no-compile"]) == 0
+    config = dict(task="drawer-open", preset="debug", device="cpu", precision="float32")
+    assert bench.main(["--json", *flags(**config, compile=False)]) == 0
     result = json.loads(capsys.readouterr().out)
     assert {"updates_per_second", "fraction_of_peak", "speedup_over_eager_fp32", "env_steps_per_second", "render_speedup",
             "peak_memory_gb"} <= result.keys()
@@ -1980,7 +2052,7 @@ def test_bench_measures_and_its_parts_add_up(capsys):
 
 def test_operations_are_counted_right():
     a, b = torch.randn(8, 16), torch.randn(16, 32)
-    assert moto.flops(lambda: a @ b) == 2 * 8 * 16 * 32
+    assert bench.flops(lambda: a @ b) == 2 * 8 * 16 * 32
 
 
 def test_scripted_demonstrations_succeed_are_cached_and_never_reused_wrongly(drawer, tmp_path):

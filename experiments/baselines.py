@@ -1,0 +1,182 @@
+"""IQL, CQL and SAC from pixels, the paper's model-free baselines, beside moto.py.
+
+    python experiments/baselines.py --task drawer-open --variant iql         # or cql, or sac
+    python experiments/baselines.py --evaluate runs/drawer-open-iql-seed0
+    python experiments/baselines.py --sweep --tasks drawer-open --variants iql cql sac --seeds 0 1 2
+
+Every command and flag of moto.py works here, and so do its own variants. Each class below is an
+agent with the interface of moto.Agent: `update(batch)` -> metrics, `acting`, the policy that plays
+episodes, and `promise(image)`, the value estimate at an episode's first image. It has MOTO's
+actor and critics, on an encoder of stacked images in place of the world model. The lines at the
+end add them to moto.py: an algorithm of your own is added in the same way.
+
+Axes and letters as in moto.py. T' = T - frames + 1: steps whose stack of images is complete.
+"""
+import copy
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import moto
+
+
+def expectile_loss(error, expectile, weight):
+    """|tau - 1(error < 0)| error^2, weighted mean, tau = expectile: 1/2 is half the mean square.
+    Source: Kostrikov et al. 2021 (IQL)."""
+    return moto.weighted_mean((expectile - (error < 0).float()).abs() * error.square(), weight)
+
+
+class IQL(moto.Learner):
+    """Implicit Q-learning: no action outside the data is ever asked for its value.
+
+        V: expectile regression of Q(s, a) on the data;   Q(s, a) -> r + gamma V(s')
+        actor: maximise exp(temperature (Q - V)) ln pi(a|s), the weight at most 100
+
+    All three losses train the encoder, at the actor's rate: at three times that, the large weights
+    of the first updates drove its tanh into saturation, and the policy ignored the images (0
+    instead of 95 % offline). Source: Kostrikov et al. 2021.
+    """
+    expectile, temperature = 0.5, 3.0                                # as in the paper
+    trunk = "encoder"
+
+    def __init__(self, cfg, action_size, terminates, device, compiled=False):
+        super().__init__(cfg, device)
+        encoder, actor = moto.StackEncoder(cfg), moto.Actor(cfg, action_size)
+        critic = moto.Critic(cfg, action_size)
+        rates = {"encoder": cfg.actor_lr, "actor": cfg.actor_lr,
+                 "critic": cfg.critic_lr, "value": cfg.critic_lr}
+        self.prepare(rates, encoder=encoder, actor=actor, acting=moto.StackPolicy(encoder, actor),
+                     critic=critic, target=copy.deepcopy(critic).requires_grad_(False),
+                     value=moto.mlp(cfg.deter + cfg.stoch, cfg.hidden, 1))
+
+    def update(self, batch):
+        """One step of everything; as moto.Agent.update."""
+        feat, batch = self.see(self.encoder, self.arrive(batch), self.cfg.shift)
+        with self.autocast():
+            loss, metrics = self.losses(feat, batch)
+        metrics |= self.step(loss, *self.optimisers)
+        self.acting.follow(self.encoder, self.actor, self.cfg.acting_rate)
+        moto.update_target(self.target, self.critic, self.cfg.target_rate)
+        return moto.as_numbers(metrics)
+
+    def losses(self, feat, batch):
+        """feat (B, T', F) of the stacked images, batch of (B, T', ...) -> loss, metrics."""
+        cfg, a, leaves, unit = self.cfg, batch["a"][:, 1:], batch["leaves"], self.critic.unit
+        q = self.target(feat[:, :-1].detach(), a).min(0).values
+        V = unit * self.value(feat).float().squeeze(-1)
+        advantage = q - V[:, :-1]
+        value = expectile_loss(advantage / unit, self.expectile, leaves)
+        y = moto.critic_target(batch["r"], batch["terminal"], V, cfg.gamma)
+        critic = moto.critic_loss(self.critic(feat[:, :-1], a), y, leaves, unit)
+        worth = (self.temperature * advantage.detach()).exp().clamp(max=100)
+        nll = moto.action_nll(self.actor, feat, batch["a"])
+        actor = moto.weighted_mean(worth * nll, leaves)
+        return value + critic + actor, {
+            "actor/behaviour_nll": moto.weighted_mean(nll, batch["imitated"]),
+            "critic/real": critic, "critic/value": value, "actor/value": V.mean() / unit,
+            "actor/weight": moto.weighted_mean(worth, leaves)}
+
+    @torch.no_grad()
+    def promise(self, image):
+        """The critics' value estimate at an episode's first image (P, P, 3), times 1 - gamma."""
+        a, frames = self.acting.act(image)
+        feat, a = self.encoder(torch.cat(frames, 1)), torch.as_tensor(a, device=self.device)[None]
+        return float(self.target(feat, a).min() / self.target.unit)
+
+
+class CQL(moto.Learner):
+    """Conservative Q-learning on soft actor-critic; with weight 0 it is soft actor-critic itself.
+
+        Q(s, a) -> r + gamma (min Q(s', a') - tau ln pi(a'|s')),  a' ~ pi    plus, for each critic,
+        cql_weight * E[ln integral of exp Q(s, .) - Q(s, a)]: actions of the data above all others
+        actor: maximise min Q(s, a) - tau ln pi(a|s);   tau such that the entropy nears -A
+
+    The integral is estimated from ten uniform actions, ten of pi at s and ten of pi at s', each
+    divided by its density. The critics' loss alone trains the encoder, as in DrQ. Sources: Kumar
+    et al. 2020; Haarnoja et al. 2018.
+    """
+    cql_weight, samples = 5.0, 10                                    # the first as in the paper
+    trunk = "encoder"
+
+    def __init__(self, cfg, action_size, terminates, device, compiled=False):
+        super().__init__(cfg, device)
+        encoder, actor = moto.StackEncoder(cfg), moto.Actor(cfg, action_size)
+        critic = moto.Critic(cfg, action_size)
+        moto.mlp(cfg.deter + cfg.stoch, cfg.hidden, 1)     # unused: keeps the recorded runs' draws
+        log_tau = nn.ParameterList([nn.Parameter(torch.tensor(math.log(0.1)))])
+        rates = {"encoder": cfg.actor_lr, "actor": cfg.actor_lr,
+                 "critic": cfg.critic_lr, "log_tau": cfg.actor_lr}
+        self.prepare(rates, encoder=encoder, actor=actor, acting=moto.StackPolicy(encoder, actor),
+                     critic=critic, target=copy.deepcopy(critic).requires_grad_(False),
+                     log_tau=log_tau)
+
+    def update(self, batch):
+        """One step of everything; as moto.Agent.update."""
+        feat, batch = self.see(self.encoder, self.arrive(batch), self.cfg.shift)
+        with self.autocast():
+            loss, metrics = self.losses(feat, batch)
+        metrics |= self.step(loss, *self.optimisers)
+        self.acting.follow(self.encoder, self.actor, self.cfg.acting_rate)
+        moto.update_target(self.target, self.critic, self.cfg.target_rate)
+        return moto.as_numbers(metrics)
+
+    def losses(self, feat, batch):
+        """feat (B, T', F) of the stacked images, batch of (B, T', ...) -> loss, metrics."""
+        cfg, a, leaves, unit = self.cfg, batch["a"][:, 1:], batch["leaves"], self.critic.unit
+        still, (log_tau,) = feat.detach(), self.log_tau
+        policy = self.actor(still)
+        mine, logp = policy.rsample(torch.randn_like(policy.mean))             # (B, T', A), (B, T')
+        V = (self.target(still, mine).min(0).values - log_tau.exp() * logp).detach()
+        y = moto.critic_target(batch["r"], batch["terminal"], V, cfg.gamma)
+        q = self.critic(feat[:, :-1], a)
+        critic, gap = moto.critic_loss(q, y, leaves, unit), q.new_zeros(())
+        if self.cql_weight:
+            gap = sum(moto.weighted_mean(others - data, leaves)                # in `critic`'s unit
+                      for others, data in zip(self.integral(feat, policy), q)) / unit ** 2
+        with moto.frozen(self.critic):
+            hope = self.critic(still, mine).min(0).values
+        actor = (log_tau.exp().detach() * logp - hope).mean() / unit
+        balance = -log_tau * (logp.detach() - a.shape[-1]).mean()
+        nll = moto.behaviour_loss(self.actor, still, batch["a"], batch["imitated"])
+        return critic + self.cql_weight * gap + actor + balance, {
+            "actor/behaviour_nll": nll, "critic/real": critic, "critic/gap": gap * unit ** 2,
+            "actor/value": hope.mean() / unit, "actor/entropy": -logp.mean(),
+            "actor/tau": log_tau.exp()}
+
+    def integral(self, feat, policy):
+        """ln of the integral of exp Q(s, a) over a in [-1, 1]^A, for each critic: (2, B, T'-1)."""
+        B, T, A = policy.mean.shape
+        with torch.no_grad():
+            mine, logp = policy.rsample(torch.randn(self.samples, B, T, A, device=feat.device))
+            uniform = torch.rand_like(mine) * 2 - 1
+        actions = torch.cat([uniform[:, :, :-1], mine[:, :, :-1], mine[:, :, 1:]])
+        log_density = torch.cat([torch.full_like(logp[:, :, :-1], -A * math.log(2)),
+                                 logp[:, :, :-1], logp[:, :, 1:]])             # (3 n, B, T'-1)
+        q = self.critic(feat[:, :-1].expand(len(actions), -1, -1, -1), actions)
+        return (q - log_density).logsumexp(1) - math.log(len(actions))
+
+    @torch.no_grad()
+    def promise(self, image):
+        """The critics' value estimate at an episode's first image (P, P, 3), times 1 - gamma."""
+        a, frames = self.acting.act(image)
+        feat, a = self.encoder(torch.cat(frames, 1)), torch.as_tensor(a, device=self.device)[None]
+        return float(self.target(feat, a).min() / self.target.unit)
+
+
+class SAC(CQL):
+    """Soft actor-critic, Haarnoja et al. 2018: CQL without its conservative term."""
+    cql_weight = 0.0
+
+
+# Outside of `if __name__ ...`, because the processes that play episodes import this file, too.
+for name, learner in {"iql": IQL, "cql": CQL, "sac": SAC}.items():
+    moto.LEARNERS[name] = learner
+    moto.VARIANTS[name] = {}                                         # changes no number of Config
+moto.PROGRAM = Path(__file__).resolve()                              # each run keeps a copy of it
+
+if __name__ == "__main__":
+    sys.exit(moto.main())
