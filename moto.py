@@ -56,8 +56,9 @@ from tqdm import tqdm
 # Config: every number of the method. Each field is a flag of the command line.
 # ------------------------------------------------------------------------------------------------------------
 
-def opt(default, help):
-    return field(default=default, metadata={"help": help})
+def opt(default, help, allowed=""):
+    """A field of Config: its default, what it is (symbol, [source]), and the interval it must lie in."""
+    return field(default=default, metadata={"help": help, "allowed": allowed})
 
 
 @dataclass
@@ -67,79 +68,110 @@ class Config:
                                   "gym:MODULE:ENV_ID for one that another package registers")
     variant: str = opt("moto", "moto, or an ablation: each changes numbers of this config, nothing else")
     preset: str = opt("auto", "debug (seconds), laptop (default on CPU), paper (default on a GPU)")
-    seed: int = opt(0, "seeds networks, batches, demonstrations, episodes")
+    seed: int = opt(0, "seeds networks, batches, demonstrations, episodes", "[0, 4294967296)")
     logdir: str = opt("", "run folder; a run there is continued. Empty: runs/<task>-<variant>-seed<seed>")
     device: str = opt("auto", "cpu, cuda, or auto")
     precision: str = opt("auto", "float32, bfloat16 (autocast), or auto: bfloat16 where it is faster")
     compile: bool = opt(True, "the fast form: channels last, and torch.compile where it pays (on a GPU, or "
                               "for 5,000 updates and more); --no-compile: the plain form, eager")
-    workers: int = opt(0, "processes that play episodes; 0: one per CPU core, 8 at most; 1: none, all in one")
-    image_size: int = opt(64, "P, pixels a side, a multiple of 16 [paper: 64]")
-    supersample: int = opt(2, "Meta-World: a pixel is the mean of this many squared rendered ones")
-    action_repeat: int = opt(2, "simulator steps per agent step [authors' baselines: 2]")
-    episode_steps: int = opt(100, "L, agent steps per episode; a time limit, no terminal state [paper: 200]")
-    success_reward: float = opt(1.0, "a step with this reward is a success, where gym reports none")
+    workers: int = opt(0, "processes that play episodes; 0: one per CPU core, 8 at most; 1: none, all in one",
+                       "[0, inf)")
+    image_size: int = opt(64, "P, pixels a side, a multiple of 16 [paper: 64]", "[16, inf)")
+    supersample: int = opt(2, "Meta-World: a pixel is the mean of this many squared rendered ones",
+                           "[1, inf)")
+    action_repeat: int = opt(2, "simulator steps per agent step [authors' baselines: 2]",
+                             "[1, inf)")
+    episode_steps: int = opt(100, "L, agent steps per episode; a time limit, no terminal state [paper: 200]",
+                             "[1, inf)")
+    success_reward: float = opt(1.0, "a step with this reward is a success, where gym reports none",
+                                "(-inf, inf)")
     # Data
     data: str = opt("", "folder of your own .npz episodes (layout in README); empty: scripted demonstrations")
-    demos: int = opt(10, "successful scripted demonstrations to collect [paper: 10]")
-    demo_noise: float = opt(0.1, "std of the noise on scripted actions; the noisy action is recorded")
-    demo_tail: int = opt(10, "agent steps a demonstration goes on after its first success")
+    demos: int = opt(10, "successful scripted demonstrations to collect [paper: 10]", "[1, inf)")
+    demo_noise: float = opt(0.1, "std of the noise on scripted actions; the noisy action is recorded",
+                            "[0, inf)")
+    demo_tail: int = opt(10, "agent steps a demonstration goes on after its first success",
+                         "[0, inf)")
     cache: str = opt("runs/demos", "where demonstrations are kept for the next run")
-    offline_fraction: float = opt(0.5, "online: share of each batch drawn from the offline data")
-    batch: int = opt(16, "B, sequences per batch [LOMPO: 64]")
-    length: int = opt(16, "T, steps per sequence [LOMPO: 50]")
-    shift: int = opt(3, "random shifts of the images, in pixels [DrQ: 4 of 84]; 0: none")
+    offline_fraction: float = opt(0.5, "online: share of each batch drawn from the offline data",
+                                  "[0, 1]")
+    batch: int = opt(16, "B, sequences per batch [LOMPO: 64]", "[1, inf)")
+    length: int = opt(16, "T, steps per sequence [LOMPO: 50]", "[2, inf)")
+    shift: int = opt(3, "random shifts of the images, in pixels [DrQ: 4 of 84]; 0: none",
+                     "[0, inf)")
     # World model
-    channels: int = opt(16, "width of the first convolution; it doubles three times")
-    deter: int = opt(256, "D, size of h [LOMPO: 256]")
-    stoch: int = opt(32, "S, size of z [LOMPO: 64]")
-    hidden: int = opt(256, "width of the hidden layers")
-    ensemble: int = opt(5, "K, prior heads, Eq 2 [LOMPO: 7]")
-    decode: float = opt(0.5, "share of a batch's frames, drawn at random, in the image term of Eq 4")
-    kl_balance: float = opt(0.8, "w, Eq 5: share of the KL that trains the prior [DreamerV2: 0.8]")
-    free_nats: float = opt(1.0, "Eq 5: KL below this many nats is not pressed further [DreamerV2: 1]")
-    kl_scale: float = opt(1.0, "weight of the KL in Eq 4; less: latents more exact, imagination less")
-    reward_scale: float = opt(10.0, "weight of -ln p(r|s) in Eq 4: one number beside 12,288 pixels")
+    channels: int = opt(16, "width of the first convolution; it doubles three times", "[1, inf)")
+    deter: int = opt(256, "D, size of h [LOMPO: 256]", "[1, inf)")
+    stoch: int = opt(32, "S, size of z [LOMPO: 64]", "[1, inf)")
+    hidden: int = opt(256, "width of the hidden layers", "[1, inf)")
+    ensemble: int = opt(5, "K, prior heads, Eq 2 [LOMPO: 7]", "[1, inf)")
+    decode: float = opt(0.5, "share of a batch's frames, drawn at random, in the image term of Eq 4",
+                        "(0, 1]")
+    kl_balance: float = opt(0.8, "w, Eq 5: share of the KL that trains the prior [DreamerV2: 0.8]",
+                            "[0, 1]")
+    free_nats: float = opt(1.0, "Eq 5: KL below this many nats is not pressed further [DreamerV2: 1]",
+                           "[0, inf)")
+    kl_scale: float = opt(1.0, "weight of the KL in Eq 4; less: latents more exact, imagination less",
+                          "[0, inf)")
+    reward_scale: float = opt(10.0, "weight of -ln p(r|s) in Eq 4: one number beside 12,288 pixels",
+                              "[0, inf)")
     reward_head: str = opt("auto", "p(r|s): bernoulli (r is 0 or 1), normal, auto: bernoulli on Meta-World")
-    repr_weight: float = opt(10.0, "weight of the behaviour gradient into encoder and RSSM (DEPARTURE)")
-    memory: int = opt(0, "steps that acting looks back (DEPARTURE); 0: to the reset")
-    forget: float = opt(0.25, "share of steps before which the behaviour term's memory is wiped (DEPARTURE)")
+    repr_weight: float = opt(10.0, "weight of the behaviour gradient into encoder and RSSM (DEPARTURE)",
+                             "[0, inf)")
+    memory: int = opt(0, "steps that acting looks back (DEPARTURE); 0: to the reset", "[0, inf)")
+    forget: float = opt(0.25, "share of steps before which the behaviour term's memory is wiped (DEPARTURE)",
+                        "[0, 1]")
     latent_noise: float = opt(1.0, "noise of the latents that the behaviour term and sampling episodes see: "
-                                   "1 the posterior's, 0 its means (DEPARTURE)")
+                                   "1 the posterior's, 0 its means (DEPARTURE)", "[0, inf)")
     # Value expansion, critic, actor
-    horizon: int = opt(5, "H, imagined steps [LOMPO: 5]")
-    gamma: float = opt(0.98, "discount")
-    lam: float = opt(0.95, "lam, Eq 9: 0 one-step values, 1 the whole horizon [DreamerV2: 0.95]")
-    alpha: float = opt(1.0, "penalty, Eq 7: reward lost where u exceeds its mean on the data by once that")
-    beta: float = opt(1.0, "weight of the behaviour term, Eq 14")
-    eta: float = opt(1e-4, "weight of the entropy term, Eq 14")
+    horizon: int = opt(5, "H, imagined steps [LOMPO: 5]", "[1, inf)")
+    gamma: float = opt(0.98, "discount", "[0, 1)")
+    lam: float = opt(0.95, "lam, Eq 9: 0 one-step values, 1 the whole horizon [DreamerV2: 0.95]",
+                     "[0, 1]")
+    alpha: float = opt(1.0, "penalty, Eq 7: reward lost where u exceeds its mean on the data by once that",
+                       "[0, inf)")
+    beta: float = opt(1.0, "weight of the behaviour term, Eq 14", "[0, inf)")
+    eta: float = opt(1e-4, "weight of the entropy term, Eq 14", "[0, inf)")
     pixel_prior: bool = opt(False, "a behaviour prior of its own, on --frames stacked images, says what to "
                                    "do in online states, too (DEPARTURE); off: the data alone say it")
-    min_std: float = opt(0.05, "smallest deviation of the policy, before the tanh [DreamerV2: 0.1]")
-    imitate_ahead: int = opt(0, "steps: imitate only stretches this short to a new high (DEPARTURE); 0: all")
+    min_std: float = opt(0.05, "smallest deviation of the policy, before the tanh [DreamerV2: 0.1]",
+                         "(0, inf)")
+    imitate_ahead: int = opt(0, "steps: imitate only stretches this short to a new high (DEPARTURE); 0: all",
+                             "[0, inf)")
     imitate_success: bool = opt(True, "online episodes as good as the demonstrations join them (DEPARTURE)")
-    real_weight: float = opt(1.0, "weight of real transitions, Eq 11; 0: critics learn in imagination alone")
-    value_weight: float = opt(1.0, "weight of the value in the actor's loss, Eq 14; 0: behaviour cloning")
-    target_rate: float = opt(0.1, "Eq 12: step of the target critics towards the critics")
-    acting_rate: float = opt(0.005, "smallest step of the averaged weights that act (DEPARTURE; 1: none)")
-    model_lr: float = opt(6e-4, "learning rate of the world model [LOMPO: 6e-4]")
-    actor_lr: float = opt(3e-4, "learning rate of the actor [LOMPO: 3e-4]")
-    critic_lr: float = opt(1e-3, "learning rate of the critics [LOMPO: 3e-4]")
-    grad_clip: float = opt(100.0, "largest norm of each optimiser's gradient")
+    real_weight: float = opt(1.0, "weight of real transitions, Eq 11; 0: critics learn in imagination alone",
+                             "[0, inf)")
+    value_weight: float = opt(1.0, "weight of the value in the actor's loss, Eq 14; 0: behaviour cloning",
+                              "[0, inf)")
+    target_rate: float = opt(0.1, "Eq 12: step of the target critics towards the critics", "[0, 1]")
+    acting_rate: float = opt(0.005, "smallest step of the averaged weights that act (DEPARTURE; 1: none)",
+                             "[0, 1]")
+    model_lr: float = opt(6e-4, "learning rate of the world model [LOMPO: 6e-4]", "(0, inf)")
+    actor_lr: float = opt(3e-4, "learning rate of the actor [LOMPO: 3e-4]", "(0, inf)")
+    critic_lr: float = opt(1e-3, "learning rate of the critics [LOMPO: 3e-4]", "(0, inf)")
+    grad_clip: float = opt(100.0, "largest norm of each optimiser's gradient", "(0, inf)")
     # The model-free baselines
-    frames: int = opt(3, "images stacked, in the baselines [paper: 3] and the behaviour prior")
+    frames: int = opt(3, "images stacked, in the baselines [paper: 3] and the behaviour prior",
+                      "[1, inf)")
     # Loops
-    offline_updates: int = opt(500, "N, updates before the first online episode [paper: 1000 on Meta-World]")
-    online_episodes: int = opt(45, "online episodes [paper: up to 500]")
-    updates_per_episode: int = opt(20, "U, updates after each online episode [paper: 50]")
-    eval_every: int = opt(200, "updates between evaluations on the way")
-    eval_episodes: int = opt(10, "episodes of each evaluation on the way")
+    offline_updates: int = opt(500, "N, updates before the first online episode [paper: 1000 on Meta-World]",
+                               "[0, inf)")
+    online_episodes: int = opt(45, "online episodes [paper: up to 500]", "[0, inf)")
+    updates_per_episode: int = opt(20, "U, updates after each online episode [paper: 50]",
+                                   "[1, inf)")
+    eval_every: int = opt(200, "updates between evaluations on the way", "[1, inf)")
+    eval_episodes: int = opt(10, "episodes of each evaluation on the way", "[1, inf)")
     eval_sample: bool = opt(False, "evaluations sample, as online episodes do; off: means act")
-    final_episodes: int = opt(50, "fresh episodes behind offline_success and final_success")
-    explore: float = opt(1.0, "sampled episodes: the policy's deviation is multiplied by this")
-    lag: int = opt(1, "1: an episode is played while the U updates before it run; 0: after them [paper: 0]")
-    log_every: int = opt(25, "updates per line of metrics.jsonl")
-    save_every: int = opt(250, "updates between checkpoints")
+    final_episodes: int = opt(50, "fresh episodes behind offline_success and final_success",
+                              "[1, inf)")
+    explore: float = opt(1.0, "sampled episodes: the policy's deviation is multiplied by this",
+                         "[0, inf)")
+    lag: int = opt(1, "1: an episode is played while the U updates before it run; 0: after them [paper: 0]",
+                   "[0, 1]")
+    log_every: int = opt(25, "updates per line of metrics.jsonl", "[1, inf)")
+    save_every: int = opt(250, "updates between checkpoints", "[1, inf)")
+
+
 
 
 PRESETS = {
@@ -2648,7 +2680,8 @@ def parse(argv):
     parser.add_argument("--jobs", type=int, metavar="N", help="with --sweep: runs at once (default: 1)")
     parser.add_argument("--executor", help="with --sweep: process (default), slurm, or local: submitit's own")
     for f in dataclasses.fields(Config):
-        text = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
+        allowed = f", in {f.metadata['allowed']}" if f.metadata["allowed"] else ""
+        text = f"{f.metadata['help']} (default: {f.default!r}{allowed})".replace("%", "%%")
         flag, kind = f"--{f.name.replace('_', '-')}", f.type.__name__.upper()
         if f.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
@@ -2758,30 +2791,18 @@ def reuse_memory():
             glibc.mallopt(option, value)                             # M_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD
 
 
-AT_LEAST = {0: ("seed", "workers", "demo_noise", "demo_tail", "free_nats", "kl_scale", "reward_scale",
-                "repr_weight", "alpha", "beta", "eta", "real_weight", "value_weight", "offline_updates",
-                "online_episodes", "shift", "explore", "latent_noise", "imitate_ahead", "memory"),
-            1: ("action_repeat", "supersample", "episode_steps", "demos", "batch", "channels", "deter",
-                "stoch", "hidden", "ensemble", "horizon", "updates_per_episode", "eval_every",
-                "eval_episodes", "final_episodes", "log_every", "save_every", "frames"),
-            2: ("length",)}
-SHARES = ("gamma", "lam", "forget", "kl_balance", "decode", "offline_fraction", "target_rate", "acting_rate",
-          "lag")
-POSITIVE = ("min_std", "model_lr", "actor_lr", "critic_lr", "grad_clip", "decode")
+def within(value, interval):
+    """Whether a number lies in an interval such as "[0, 1)": bounds in square brackets belong to it."""
+    low, high = map(float, interval[1:-1].split(","))
+    return low < value < high or (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
 
 
 def check_config(cfg):
     """Raise Trouble on a value that cannot work, naming the flag."""
-    rules = [(name, getattr(cfg, name) >= least, f"at least {least}")
-             for least, names in AT_LEAST.items() for name in names]
-    rules += [(name, 0 <= getattr(cfg, name) <= 1, "between 0 and 1") for name in SHARES]
-    rules += [(name, getattr(cfg, name) > 0, "positive") for name in POSITIVE]
-    rules += [(name, not isinstance(value, float) or math.isfinite(value), "finite")
-              for name, value in dataclasses.asdict(cfg).items()]
-    rules += [("seed", cfg.seed < 2 ** 32, "below 2^32"),
-              ("gamma", cfg.gamma < 1, "below 1: values are in units of 1 / (1 - gamma)"),
-              ("frames", cfg.frames < cfg.length, "smaller than --length"),
-              ("image_size", cfg.image_size >= 16 and cfg.image_size % 16 == 0, "a multiple of 16"),
+    rules = [(f.name, within(getattr(cfg, f.name), f.metadata["allowed"]), f"in {f.metadata['allowed']}")
+             for f in dataclasses.fields(cfg) if f.metadata["allowed"]]
+    rules += [("frames", cfg.frames < cfg.length, "smaller than --length"),
+              ("image_size", cfg.image_size % 16 == 0, "a multiple of 16"),
               ("precision", cfg.precision in ("float32", "bfloat16"), "auto, float32 or bfloat16"),
               ("reward_head", cfg.reward_head in ("bernoulli", "normal"), "auto, bernoulli or normal")]
     for name, fine, rule in rules:
