@@ -1279,7 +1279,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
 @pytest.mark.parametrize("moment", ["half a file", "between the renames"])
 def test_kill_minus_nine_during_a_save_loses_one_save_at_most(dots, tmp_path, capsys, moment):
     dying = {"half a file": "save = torch.save\n"
-                            "def dying(obj, f):\n    save(obj, f)\n    if obj['state']['updates'] == 4: f.truncate(500); os.kill(os.getpid(), 9)\n"
+                            "def dying(obj, f):\n    save(obj, f)\n    if obj.get('state', {}).get('updates') == 4: f.truncate(500); os.kill(os.getpid(), 9)\n"
                             "torch.save = dying\n",
              "between the renames": "replace = os.replace\n"
                                     "def dying(a, b):\n    replace(a, b)\n    if 'previous' in str(b) and moto.seen > 3: os.kill(os.getpid(), 9)\n"
