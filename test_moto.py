@@ -1125,12 +1125,14 @@ def test_the_command_of_the_baselines_with_processes_that_play(dots, tmp_path, c
     assert "1 finished before, 0 to do" in capsys.readouterr().out
 
 
-def test_moto_alone_says_where_the_baselines_are(capsys, monkeypatch):
+def test_moto_alone_says_where_the_baselines_are(capsys, monkeypatch, tmp_path):
     assert set(moto.BASELINES) == moto.LEARNERS.keys() - {"bc"}
     for name in moto.BASELINES:
+        config = {"config": dataclasses.asdict(tiny(variant=name))}
+        (tmp_path / "config.json").write_text(json.dumps(config))
         monkeypatch.delitem(moto.VARIANTS, name)
         for argv in (["--variant", name], ["--sweep", "--variants", "moto", name],
-                     ["--evaluate", HERE / f"experiments/runs/drawer-open-{name}-seed3"]):
+                     ["--evaluate", tmp_path]):
             one_sentence(capsys, argv, name, "python experiments/baselines.py")
 
 
