@@ -57,7 +57,8 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------------------
 
 def opt(default, help, allowed=""):
-    """A field of Config: its default, what it is (symbol, [source]), and the interval it must lie in."""
+    """A field of Config: its default, what it is (symbol, [source]), and the interval it must lie
+    in."""
     return field(default=default, metadata={"help": help, "allowed": allowed})
 
 
@@ -144,7 +145,7 @@ class Config:
     value_weight: float = opt(1.0, "weight of the value in the actor's loss, Eq 14; 0: behaviour cloning",
                               "[0, inf)")
     target_rate: float = opt(0.1, "Eq 12: step of the target critics towards the critics", "[0, 1]")
-    acting_rate: float = opt(0.005, "smallest step of the averaged weights that act (DEPARTURE; 1: none)",
+    ema_rate: float = opt(0.005, "smallest step of the averaged weights that act (DEPARTURE; 1: none)",
                              "[0, 1]")
     model_lr: float = opt(6e-4, "learning rate of the world model [LOMPO: 6e-4]", "(0, inf)")
     actor_lr: float = opt(3e-4, "learning rate of the actor [LOMPO: 3e-4]", "(0, inf)")
@@ -215,16 +216,18 @@ VARIANTS = {
     "dreamerv2": NO_BC | dict(alpha=0.0, real_weight=0.0),                      # nor real transitions
     "bc": dict(online_episodes=0),                                              # without a model
 }
-BASELINES = "iql", "cql", "sac"        # experiments/baselines.py adds them to VARIANTS and LEARNERS
+BASELINES = "iql", "cql", "sac"        # experiments/baselines.py adds them to VARIANTS and AGENTS
 PROGRAM = Path(__file__).resolve()     # each run keeps a copy of it, a cluster's job runs it
 
 
-class Trouble(Exception):
-    """Bad input or a bad machine: one sentence with cause and mend. Exit code 2 on the command line."""
+class UserError(Exception):
+    """Bad input or a bad machine: one sentence with cause and mend. Exit code 2 on the command
+    line."""
 
 
-class EpisodeTrouble(Trouble):
-    """An episode could not be played. What was learned is unharmed: a run saves it before it ends."""
+class EpisodeError(UserError):
+    """An episode could not be played. What was learned is unharmed: a run saves it before it
+    ends."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -232,7 +235,8 @@ class EpisodeTrouble(Trouble):
 # ------------------------------------------------------------------------------------------------------------
 
 class Encoder(nn.Module):
-    """Image (N, 3, P, P) in [-0.5, 0.5] -> embedding (N, E): four strided convolutions and a linear layer.
+    """Image (N, 3, P, P) in [-0.5, 0.5] -> embedding (N, E): four strided convolutions and a linear
+    layer.
 
     The model-free baselines stack several images along the channels.
     """
@@ -249,11 +253,13 @@ class Encoder(nn.Module):
 
 
 class Upsample(nn.ConvTranspose2d):
-    """The transpose of the encoder's convolution, (N, I, P, P) -> (N, O, 2P, 2P), computed as a convolution.
+    """The transpose of the encoder's convolution, (N, I, P, P) -> (N, O, 2P, 2P), computed as a
+    convolution.
 
-    A transposed 4x4 convolution of stride 2 sets each pixel of a 2x2 block from a 2x2 neighbourhood: an
-    ordinary 2x2 convolution to 4 * O channels, laid out as blocks, computes the same sums (a test compares
-    them), in about half the time on a CPU. Source: Shi et al. 2016, sub-pixel convolution.
+    A transposed 4x4 convolution of stride 2 sets each pixel of a 2x2 block from a 2x2
+    neighbourhood: an ordinary 2x2 convolution to 4 * O channels, laid out as blocks, computes the
+    same sums (a test compares them), in about half the time on a CPU. Source: Shi et al. 2016,
+    sub-pixel convolution.
     """
 
     def __init__(self, inputs, outputs):
@@ -291,9 +297,10 @@ def mlp(inputs, hidden, outputs):
 class EnsembleMLP(nn.Module):
     """K separate small networks on one input (N, I) -> (K, N, O), as batched matrix products.
 
-    No weight is shared: the first layer is one wide matrix of which each head owns a block of columns; every
-    further layer (`depth` of them) is a batch of K matrices. Each head has its own random initialisation,
-    which is why the heads disagree off the data. `norm`: hidden layers are normalised (LayerNorm, no scale).
+    No weight is shared: the first layer is one wide matrix of which each head owns a block of
+    columns; every further layer (`depth` of them) is a batch of K matrices. Each head has its own
+    random initialisation, which is why the heads disagree off the data. `norm`: hidden layers are
+    normalised (LayerNorm, no scale).
     """
 
     def __init__(self, heads, inputs, hidden, outputs, depth=1, norm=False):
@@ -314,7 +321,8 @@ class EnsembleMLP(nn.Module):
 
 
 class TanhNormal:
-    """Eq 15, the policy's distribution: a = tanh(n), n ~ Normal(mean, std), with its exact log-density.
+    """Eq 15, the policy's distribution: a = tanh(n), n ~ Normal(mean, std), with its exact
+    log-density.
 
         ln pi(a|s) = sum_A [ ln Normal(artanh a; mean, std) - ln(1 - a^2) ]
 
@@ -328,8 +336,8 @@ class TanhNormal:
 
     @property
     def mode(self):
-        """The action taken without noise, tanh of the Normal's mean (..., A): the density's median, called the
-        mean action in what follows; not its peak where the deviation is large."""
+        """The action taken without noise, tanh of the Normal's mean (..., A): the density's median,
+        called the mean action in what follows; not its peak where the deviation is large."""
         return torch.tanh(self.mean)
 
     def log_density_at(self, n):
@@ -338,7 +346,8 @@ class TanhNormal:
         return (normal - 2 * (math.log(2) - n - F.softplus(-2 * n))).sum(-1)
 
     def rsample(self, noise):
-        """Action with gradient to mean and std, and its log-density, from standard normal noise (..., A)."""
+        """Action with gradient to mean and std, and its log-density, from standard normal noise
+        (..., A)."""
         n = self.mean + self.std * noise
         return torch.tanh(n), self.log_density_at(n)
 
@@ -348,7 +357,8 @@ class TanhNormal:
 
 
 class Actor(nn.Module):
-    """Feature (..., F) -> TanhNormal over actions (..., A). The deviation lies in (min_std, 2 + min_std)."""
+    """Feature (..., F) -> TanhNormal over actions (..., A). The deviation lies in (min_std, 2 +
+    min_std)."""
 
     def __init__(self, cfg, action_size):
         super().__init__()
@@ -361,9 +371,9 @@ class Actor(nn.Module):
 
 class Critic(nn.Module):
     """Two critics: feature (..., F), action (..., A) -> Q (2, ...). The output layer is in units of
-    1 / (1 - gamma), the return of a reward of one for ever, so that the network predicts numbers near one.
-    Normalised layers keep the two from running away from each other off the data, and the smaller with them.
-    Source: Ball et al. 2023 (RLPD)."""
+    1 / (1 - gamma), the return of a reward of one for ever, so that the network predicts numbers
+    near one. Normalised layers keep the two from running away from each other off the data, and the
+    smaller with them. Source: Ball et al. 2023 (RLPD)."""
 
     def __init__(self, cfg, action_size):
         super().__init__()
@@ -386,7 +396,8 @@ def gaussian(raw):
 
 
 class WorldModel(nn.Module):
-    """Recurrent state-space model [PlaNet, Dreamer] with K prior heads [LOMPO]: s = (h, z), heads share h."""
+    """Recurrent state-space model [PlaNet, Dreamer] with K prior heads [LOMPO]: s = (h, z), heads
+    share h."""
 
     def __init__(self, cfg, action_size, terminates):
         super().__init__()
@@ -401,10 +412,11 @@ class WorldModel(nn.Module):
         self.priors = EnsembleMLP(cfg.ensemble, cfg.deter, cfg.hidden, 2 * cfg.stoch)
         self.reward = mlp(feat, cfg.hidden, 1)
         self.continuation = mlp(feat, cfg.hidden, 1) if terminates else None
-        self.register_buffer("typical_u", torch.zeros(()))           # mean disagreement on the data: Eq 7
+        self.register_buffer("disagreement_mean", torch.zeros(()))   # on the data: Eq 7
 
     def recurrence(self, h, z, a):
-        """h_t = GRU(h_{t-1}, [z_{t-1}, a_t]): (N, D), (N, S), (N, A) -> (N, D). All heads share it."""
+        """h_t = GRU(h_{t-1}, [z_{t-1}, a_t]): (N, D), (N, S), (N, A) -> (N, D). All heads share
+        it."""
         return self.gru(self.mix(torch.cat([z, a], -1)), h.to(z.dtype)).float()
 
     def posterior(self, h, embed):
@@ -412,7 +424,8 @@ class WorldModel(nn.Module):
         return gaussian(self.posterior_out(self.posterior_in(h) + embed))
 
     def prior(self, h):
-        """Eq 2, the ensemble: p_k(z_t | h_t), k = 1..K. h (N, D) -> mean, std (K, N, S), a slice per head."""
+        """Eq 2, the ensemble: p_k(z_t | h_t), k = 1..K. h (N, D) -> mean, std (K, N, S), a slice
+        per head."""
         return gaussian(self.priors(h))
 
     def initial(self, n, device):
@@ -420,28 +433,31 @@ class WorldModel(nn.Module):
         return torch.zeros(n, self.cfg.deter, device=device), torch.zeros(n, self.cfg.stoch, device=device)
 
     def filter_step(self, h, z, a, embed, noise):
-        """One step of Eq 1: previous state, the action that led here, the image's embedding -> next state."""
+        """One step of Eq 1: previous state, the action that led here, the image's embedding -> next
+        state."""
         h = self.recurrence(h, z, a)
         mean, std = self.posterior(h, embed)
         return h, mean + std * noise, mean, std
 
-    def observe(self, x, a, first):
+    def observe(self, x, a, is_first):
         """Encode and filter whole sequences: x (B, T, 3, P, P) -> h, z, mean, std (B, T, .)."""
-        return self.filter(self.embed(x), a, first)
+        return self.filter(self.embed(x), a, is_first)
 
     def embed(self, x):
         """The encoder on whole sequences: x (B, T, 3, P, P) -> embed (B, T, E)."""
         return self.encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]).float()
 
-    def filter(self, embed, a, first, scale=1.0):
-        """Eq 1 along sequences: embed (B, T, E), a (B, T, A), first (B, T) -> h, z, mean, std (B, T, .).
+    def filter(self, embed, a, is_first, scale=1.0):
+        """Eq 1 along sequences: embed (B, T, E), a (B, T, A), is_first (B, T) -> h, z, mean, std
+        (B, T, .).
 
-        Where `first` is set a new episode begins inside the sequence: state and action are forgotten there.
-        z is drawn with the posterior's deviation times `scale`; at 0 it is the mean, and h follows from means.
+        Where `is_first` is set a new episode begins inside the sequence: state and action are
+        forgotten there. z is drawn with the posterior's deviation times `scale`; at 0 it is the
+        mean, and h follows from means.
         """
         B, T = a.shape[:2]
         noise = scale * torch.randn(B, T, self.cfg.stoch, device=a.device)
-        keep = (~first).float().unsqueeze(-1)
+        keep = (~is_first).float().unsqueeze(-1)
         (h, z), steps = self.initial(B, a.device), []
         with torch.autocast(a.device.type, enabled=False):           # B rows are too few for bfloat16 to pay
             for t in range(T):
@@ -462,14 +478,15 @@ class WorldModel(nn.Module):
         return torch.sigmoid(self.continuation(feat).float().squeeze(-1))
 
 
-def decoder_losses(model, feat, x, r, terminal, chosen):
+def decoder_losses(model, feat, x, r, is_terminal, chosen):
     """Eq 3: negative log-likelihoods of image, reward and (where modelled) continuation.
 
         x_t ~ Normal(decoder(s_t), 1)       r_t ~ Bernoulli or Normal(reward(s_t), 1)
 
-    feat (N, F), x (N, 3, P, P), r, terminal (N,). `chosen` indexes the frames to decode: the mean over a
-    random subset is an unbiased estimate of the mean over all, at a fraction of the cost. Returns a dict of
-    scalars in nats per step (the Normals' without their constant). Source: Dreamer.
+    feat (N, F), x (N, 3, P, P), r, is_terminal (N,). `chosen` indexes the frames to decode: the
+    mean over a random subset is an unbiased estimate of the mean over all, at a fraction of the
+    cost. Returns a dict of scalars in nats per step (the Normals' without their constant). Source:
+    Dreamer.
     """
     error = model.decoder(feat[chosen]).float() - x[chosen].float()
     losses = {"image": 0.5 * error.square().flatten(1).sum(-1).mean()}
@@ -478,7 +495,7 @@ def decoder_losses(model, feat, x, r, terminal, chosen):
                         else 0.5 * (raw - r).square().mean())
     if model.continuation is not None:
         raw = model.continuation(feat).float().squeeze(-1)
-        losses["continuation"] = F.binary_cross_entropy_with_logits(raw, 1 - terminal)
+        losses["continuation"] = F.binary_cross_entropy_with_logits(raw, 1 - is_terminal)
     return losses
 
 
@@ -493,9 +510,9 @@ def kl_balanced(q, p, balance, free_nats):
 
         KL = w KL(sg q || p) + (1 - w) KL(q || sg p),   each clipped below at free_nats
 
-    q: (mean, std) of (N, S); p: (mean, std) of (K, N, S). w = `balance`; sg stops the gradient, so w = 0.8
-    moves the prior towards the posterior four times as hard as the other way round. Returns nats (K, N).
-    Source: DreamerV2; DreamerV3 for clipping each of the two terms.
+    q: (mean, std) of (N, S); p: (mean, std) of (K, N, S). w = `balance`; sg stops the gradient, so
+    w = 0.8 moves the prior towards the posterior four times as hard as the other way round. Returns
+    nats (K, N). Source: DreamerV2; DreamerV3 for clipping each of the two terms.
     """
     stop = lambda d: tuple(v.detach() for v in d)
     train_prior = kl_normal(*stop(q), *p).clamp(min=free_nats)
@@ -504,20 +521,21 @@ def kl_balanced(q, p, balance, free_nats):
 
 
 def model_loss(model, batch):
-    """Eq 4: the negative evidence lower bound, its terms weighted and the KL averaged over the K heads.
+    """Eq 4: the negative evidence lower bound, its terms weighted and the KL averaged over the K
+    heads.
 
         L = -ln p(x_t|s_t) - c_r ln p(r_t|s_t) + c_kl mean_k KL(q(z_t) || p_k(z_t)),   s_t ~ q (Eq 1)
 
-    batch: dict of x (B, T, 3, P, P), a (B, T, A), r, terminal, first (B, T).
+    batch: dict of x (B, T, 3, P, P), a (B, T, A), r, is_terminal, is_first (B, T).
     Returns (loss, metrics, feat (B, T, F), embed (B, T, E)).
     """
     cfg, embed = model.cfg, model.embed(batch["x"])
-    h, z, mean, std = model.filter(embed, batch["a"], batch["first"])
+    h, z, mean, std = model.filter(embed, batch["a"], batch["is_first"])
     N = h.shape[0] * h.shape[1]
     feat = torch.cat([h, z], -1)
     chosen = torch.randperm(N, device=h.device)[:max(1, round(cfg.decode * N))]
     losses = decoder_losses(model, feat.flatten(0, 1), batch["x"].flatten(0, 1), batch["r"].flatten(),
-                            batch["terminal"].flatten(), chosen)
+                            batch["is_terminal"].flatten(), chosen)
     prior = model.prior(h.flatten(0, 1))
     posterior = mean.flatten(0, 1), std.flatten(0, 1)
     losses["kl"] = kl_balanced(posterior, prior, cfg.kl_balance, cfg.free_nats).mean()
@@ -534,24 +552,25 @@ def model_loss(model, batch):
 def disagreement(means):
     """Eq 6: epistemic uncertainty u(s, a) = std over k of the K predicted means, averaged over S.
 
-    means (K, ..., S) -> (...). The heads saw the same data from different initialisations: where there was
-    data they agree, elsewhere they need not. Zero for K = 1. Source: LOMPO; Lakshminarayanan et al. 2017.
+    means (K, ..., S) -> (...). The heads saw the same data from different initialisations: where
+    there was data they agree, elsewhere they need not. Zero for K = 1. Source: LOMPO;
+    Lakshminarayanan et al. 2017.
     """
     variance = (means - means.mean(0)).square().mean(0)
     return (variance + 1e-12).sqrt().mean(-1)                        # SHARP: the root has no slope at zero
 
 
-def penalised_reward(reward, u, alpha, typical_u):
+def penalised_reward(reward, u, alpha, disagreement_mean):
     """Eq 7: what the imagination pays.
 
         r~(s, a) = E[r(s')] - alpha u(s, a)
 
-    reward, u: (...). DEPARTURE: what counts as u here is its excess over `typical_u`, its running mean on the
-    data, in units of that: max(0, u / typical_u - 1). The heads never agree to the last digit even where
-    there is data, and a price on that would be one on acting at all; and alpha keeps its meaning while the
-    model learns, and across tasks. Source: MOPO, LOMPO.
+    reward, u: (...). DEPARTURE: what counts as u here is its excess over `disagreement_mean`, its
+    running mean on the data, in units of that: max(0, u / disagreement_mean - 1). The heads never
+    agree to the last digit even where there is data, and a price on that would be one on acting at
+    all; and alpha keeps its meaning while the model learns, and across tasks. Source: MOPO, LOMPO.
     """
-    return reward - alpha * (u / typical_u - 1).clamp(min=0)
+    return reward - alpha * (u / disagreement_mean - 1).clamp(min=0)
 
 
 def imagine(model, actor, h, z, horizon):
@@ -559,8 +578,9 @@ def imagine(model, actor, h, z, horizon):
 
         s^0 = s_t;   a^i ~ pi(.|s^i);   s^{i+1} ~ p_k(.|s^i, a^i),  k drawn afresh for each state at each step
 
-    h (N, D), z (N, S) -> dict of feat (H+1, N, F), a (H+1, N, A), logp (H+1, N), u (H, N), u^i = u(s^i, a^i).
-    Gradients flow from every output to the actor. Sources: Dreamer; LOMPO and PETS for the drawn head.
+    h (N, D), z (N, S) -> dict of feat (H+1, N, F), a (H+1, N, A), logp (H+1, N), u (H, N), u^i =
+    u(s^i, a^i). Gradients flow from every output to the actor. Sources: Dreamer; LOMPO and PETS for
+    the drawn head.
     """
     N, K = h.shape[0], model.cfg.ensemble
     feats, actions, logps, us = [], [], [], []
@@ -588,8 +608,9 @@ def value_expansion(reward, discount, q, lam):
 
         V^i = r~^i + discount^i [(1 - lam) Q(s^{i+1}, a^{i+1}) + lam V^{i+1}],   V^H = Q(s^H, a^H)
 
-    reward, discount (H, N): r~(s^i, a^i) and gamma times the continuation of s^{i+1}; q (H+1, N): the smaller
-    target critic. Returns V (H+1, N). Sources: Feinberg et al. 2018 (MVE); Sutton and Barto, chapter 12.
+    reward, discount (H, N): r~(s^i, a^i) and gamma times the continuation of s^{i+1}; q (H+1, N):
+    the smaller target critic. Returns V (H+1, N). Sources: Feinberg et al. 2018 (MVE); Sutton and
+    Barto, chapter 12.
     """
     V = [q[-1]]
     for i in reversed(range(len(reward))):
@@ -597,28 +618,29 @@ def value_expansion(reward, discount, q, lam):
     return torch.stack(V)
 
 
-def critic_target(r, terminal, V0, gamma):
+def critic_target(r, is_terminal, V0, gamma):
     """Eq 10: the target of a real step (s_t, a_{t+1}): one real reward, then the model.
 
-        y_t = r_{t+1} + gamma (1 - terminal_{t+1}) V^0(s_{t+1})
+        y_t = r_{t+1} + gamma (1 - is_terminal_{t+1}) V^0(s_{t+1})
 
-    r, terminal, V0: (B, T) -> (B, T-1). SHARP: r_{t+1} sits at index t+1; `terminal` marks true ends of a
-    task only. A time limit leaves it at zero, and the value goes on. Imagined steps need no function of their
-    own: their target is V^i itself.
+    r, is_terminal, V0: (B, T) -> (B, T-1). SHARP: r_{t+1} sits at index t+1; `is_terminal` marks
+    true ends of a task only. A time limit leaves it at zero, and the value goes on. Imagined steps
+    need no function of their own: their target is V^i itself.
     """
-    return r[:, 1:] + gamma * (1 - terminal[:, 1:]) * V0[:, 1:]
+    return r[:, 1:] + gamma * (1 - is_terminal[:, 1:]) * V0[:, 1:]
 
 
 def weighted_mean(value, weight):
-    """Mean of `value` over the entries that `weight` (same shape, zeros and ones or shares) counts."""
+    """Mean of `value` over the entries that `weight` (same shape, zeros and ones or shares)
+    counts."""
     return (weight * value).sum() / weight.sum().clamp(min=1)
 
 
 def critic_loss(q, y, weight, unit):
     """Eq 11: weighted mean squared error of both critics, in the units of Critic.
 
-    q (2, ...), y, weight (...) -> scalar. The targets carry no gradient. The two critics differ by their
-    initialisation; the smaller one is used in V [TD3].
+    q (2, ...), y, weight (...) -> scalar. The targets carry no gradient. The two critics differ by
+    their initialisation; the smaller one is used in V [TD3].
     """
     return weighted_mean(((q - y.detach()) / unit).square().sum(0), weight)
 
@@ -635,17 +657,18 @@ def update_target(target, source, rate):
 # ------------------------------------------------------------------------------------------------------------
 
 def action_nll(actor, feat, a):
-    """-ln pi(a_{t+1} | s_t) in nats: feat (B, T, F), a (B, T, A) -> (B, T-1). Actions are moved to +-0.99 at
-    most: artanh is infinite at +-1, and the loss with it."""
+    """-ln pi(a_{t+1} | s_t) in nats: feat (B, T, F), a (B, T, A) -> (B, T-1). Actions are moved to
+    +-0.99 at most: artanh is infinite at +-1, and the loss with it."""
     return -actor(feat[:, :-1]).log_prob(a[:, 1:].clamp(-0.99, 0.99))
 
 
 def behaviour_loss(actor, feat, a, weight):
-    """Eq 13: the behaviour prior, maximum likelihood of the offline actions: -E_data[ln pi(a_{t+1} | s_t)].
+    """Eq 13: the behaviour prior, maximum likelihood of the offline actions: -E_data[ln pi(a_{t+1}
+    | s_t)].
 
-    feat (B, T, F), a (B, T, A), weight (B, T-1): one where a_{t+1} is an offline action that left s_t. Alone
-    it is behaviour cloning; inside Eq 14 it is the policy's anchor. Returns nats per action. Source: TD3+BC
-    for its use beside a value.
+    feat (B, T, F), a (B, T, A), weight (B, T-1): one where a_{t+1} is an offline action that left
+    s_t. Alone it is behaviour cloning; inside Eq 14 it is the policy's anchor. Returns nats per
+    action. Source: TD3+BC for its use beside a value.
     """
     return weighted_mean(action_nll(actor, feat, a), weight)
 
@@ -655,12 +678,13 @@ def actor_loss(V0, behaviour, logp, weight, cfg):
 
         L = -E[V^0(s)] (1 - gamma) + beta * behaviour + eta * E[ln pi(a|s)]
 
-    V0, logp, weight (N,); behaviour: the scalar of Eq 13. The gradient of V^0 runs through actions, model,
-    penalty and critic, not through a score function. (1 - gamma) puts the value on the scale of one step's
-    reward, so that beta means the same at any discount. Measured on Meta-World agents trained with a KL weight
-    of 0.1: the behaviour term's gradient is 17 to 22 times the value's at beta = 1, but it only holds where
-    there is data; with that model the value still moved the policy to worse places. (With a KL weight of 1,
-    on coffee-push, 41 times: it grows as the policy's deviation shrinks.) Sources: Dreamer, TD3+BC, SAC.
+    V0, logp, weight (N,); behaviour: the scalar of Eq 13. The gradient of V^0 runs through actions,
+    model, penalty and critic, not through a score function. (1 - gamma) puts the value on the scale
+    of one step's reward, so that beta means the same at any discount. Measured on Meta-World agents
+    trained with a KL weight of 0.1: the behaviour term's gradient is 17 to 22 times the value's at
+    beta = 1, but it only holds where there is data; with that model the value still moved the
+    policy to worse places. (With a KL weight of 1, on coffee-push, 41 times: it grows as the
+    policy's deviation shrinks.) Sources: Dreamer, TD3+BC, SAC.
     """
     value = weighted_mean(V0, weight) * (1 - cfg.gamma)
     return -cfg.value_weight * value + cfg.beta * behaviour + cfg.eta * logp.mean()
@@ -671,7 +695,8 @@ def actor_loss(V0, behaviour, logp, weight, cfg):
 # ------------------------------------------------------------------------------------------------------------
 
 def tabular_value(P, r, pi, gamma):
-    """State values (X,) of policy pi (X, A) under transitions P (X, A, X) and rewards r (X, A), exactly."""
+    """State values (X,) of policy pi (X, A) under transitions P (X, A, X) and rewards r (X, A),
+    exactly."""
     P_pi, r_pi = np.einsum("xa,xay->xy", pi, P), (pi * r).sum(1)
     return np.linalg.solve(np.eye(len(r)) - gamma * P_pi, r_pi)
 
@@ -685,19 +710,20 @@ def tabular_optimum(P, r, gamma, sweeps=2000):
 
 
 def tabular_bound(P, P_hat, r, u, alpha, gamma, pi, start):
-    """Eq 16, Theorem B.1 on a table: the policy optimal in the penalised model is nearly as good as pi.
+    """Eq 16, Theorem B.1 on a table: the policy optimal in the penalised model is nearly as good as
+    pi.
 
         J(pi_hat) >= J(pi) - 2 alpha E_pi[u]    if alpha u(s, a) >= gamma max V |P_hat - P|_1 at every (s, a)
 
-    P true, P_hat learned transitions (X, A, X); r, u (X, A); pi (X, A), any policy; start (X,). E_pi[u] is
-    the discounted sum of u along pi in the model. Returns (J(pi_hat), the right-hand side, whether the
-    condition holds). Source: MOPO, theorem 4.4.
+    P true, P_hat learned transitions (X, A, X); r, u (X, A); pi (X, A), any policy; start (X,).
+    E_pi[u] is the discounted sum of u along pi in the model. Returns (J(pi_hat), the right-hand
+    side, whether the condition holds). Source: MOPO, theorem 4.4.
     """
     pi_hat = tabular_optimum(P_hat, r - alpha * u, gamma)
     J = lambda policy: start @ tabular_value(P, r, policy, gamma)
     error = np.abs(P - P_hat).sum(-1) * gamma * np.abs(r).max() / (1 - gamma)  # >= gamma |E_P V - E_P_hat V|
-    promise = J(pi) - 2 * alpha * start @ tabular_value(P_hat, u, pi, gamma)
-    return J(pi_hat), promise, bool((alpha * u >= error - 1e-12).all())
+    bound = J(pi) - 2 * alpha * start @ tabular_value(P_hat, u, pi, gamma)
+    return J(pi_hat), bound, bool((alpha * u >= error - 1e-12).all())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -705,17 +731,18 @@ def tabular_bound(P, P_hat, r, u, alpha, gamma, pi, start):
 # ------------------------------------------------------------------------------------------------------------
 
 def to_image(x, plain=False):
-    """uint8 (..., P, P, 3) -> float (..., 3, P, P) in [-0.5, 0.5]; channels last in memory, unless plain."""
+    """uint8 (..., P, P, 3) -> float (..., 3, P, P) in [-0.5, 0.5]; channels last in memory, unless
+    plain."""
     x = x.float().div_(255).sub_(0.5).movedim(-1, -3)
     return x.contiguous() if plain else x
 
 
 def random_shift(image, pixels):
-    """Move each image (N, P, P, C), or each sequence as one (N, T, P, P, C), by up to `pixels` each way, down
-    and across; the edge is repeated.
+    """Move each image (N, P, P, C), or each sequence as one (N, T, P, P, C), by up to `pixels` each
+    way, down and across; the edge is repeated.
 
-    Ten demonstrations are few enough for a network on pixels to learn by heart. Source: DrQ, Kostrikov et al.
-    2020.
+    Ten demonstrations are few enough for a network on pixels to learn by heart. Source: DrQ,
+    Kostrikov et al. 2020.
     """
     N, P = len(image), image.shape[-2]
     shift = torch.randint(-pixels, pixels + 1, (2, N, 1), device=image.device)
@@ -727,8 +754,9 @@ def random_shift(image, pixels):
 
 @contextlib.contextmanager
 def frozen(*modules):
-    """Inside, these modules pass gradients on to their inputs but collect none for their parameters. Afterwards
-    every parameter is as before: one that a reader has frozen stays frozen."""
+    """Inside, these modules pass gradients on to their inputs but collect none for their
+    parameters. Afterwards every parameter is as before: one that a reader has frozen stays
+    frozen."""
     learning = [p for module in modules for p in module.parameters() if p.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)
@@ -740,10 +768,12 @@ def frozen(*modules):
 
 
 class Policy(nn.Module):
-    """What acts: the filter of Eq 1 and the actor, with weights that follow the trained ones (DEPARTURE).
+    """What acts: the filter of Eq 1 and the actor, with weights that follow the trained ones
+    (DEPARTURE).
 
-    A single update on a small batch moves the hand by the millimetres that decide whether it hooks a handle;
-    a running mean of the weights of model and actor does not. `idle`: the parts that acting does not use.
+    A single update on a small batch moves the hand by the millimetres that decide whether it hooks
+    a handle; a running mean of the weights of model and actor does not. `idle`: the parts that
+    acting does not use.
     """
     idle = ("model.decoder.", "model.priors.", "model.reward.", "model.continuation.")
 
@@ -753,9 +783,9 @@ class Policy(nn.Module):
         self.register_buffer("updates", torch.zeros(()))
         self.requires_grad_(False)
 
-    def follow(self, model, actor, slowest):
-        """One step of the mean. Its window is a tenth of the updates so far, at most 1 / slowest. Source:
-        Shamir and Zhang 2013, polynomial-decay averaging."""
+    def update_ema(self, model, actor, slowest):
+        """One step of the mean. Its window is a tenth of the updates so far, at most 1 / slowest.
+        Source: Shamir and Zhang 2013, polynomial-decay averaging."""
         rate = max(slowest, 10 / (10 + float(self.updates)))
         self.updates += 1
         update_target(self.model, model, rate)
@@ -765,12 +795,13 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def act(self, image, state=None, generator=None):
-        """One step of acting: uint8 image (P, P, 3), carried state (None at a reset) -> a (A,), next state.
+        """One step of acting: uint8 image (P, P, 3), carried state (None at a reset) -> a (A,),
+        next state.
 
-        With a generator, latents and action are sampled, their deviations multiplied by cfg.latent_noise and
-        cfg.explore; without, they are the means. With cfg.memory the filter begins anew so many images ago,
-        as it does in training with every sequence: it has never learned to go on for hundreds of steps
-        (DEPARTURE).
+        With a generator, latents and action are sampled, their deviations multiplied by
+        cfg.latent_noise and cfg.explore; without, they are the means. With cfg.memory the filter
+        begins anew so many images ago, as it does in training with every sequence: it has never
+        learned to go on for hundreds of steps (DEPARTURE).
         """
         device, model, cfg = self.updates.device, self.model, self.actor.cfg
 
@@ -792,12 +823,14 @@ class Policy(nn.Module):
         return a[0].cpu().numpy(), (h, z, a, seen)
 
 
-class Learner:
-    """What every agent is: modules by name, an optimiser for some of them, one `step`, and its state.
+class Agent:
+    """What every agent is: modules by name, an optimiser for some of them, one `step`, and its
+    state.
 
-    A subclass calls `prepare` with its modules and has `update(batch)` -> metrics, `acting` (a Policy), and
-    `promise(image)`, what its critics expect at an episode's first image; None where it has no critics, or
-    only the weights that act. `trunk` names the module that turns images into features.
+    A subclass calls `prepare` with its modules and has `update(batch)` -> metrics, `ema_policy` (a
+    Policy), and `value_estimate(image)`, what its critics expect at an episode's first image; None
+    where it has no critics, or only the weights that act. `trunk` names the module that turns
+    images into features.
     """
     trunk = "model"
 
@@ -806,7 +839,8 @@ class Learner:
         torch.manual_seed(cfg.seed)
 
     def prepare(self, rates, **modules):
-        """Put the modules on the device, in this config's memory layout, with Adam at each of `rates`."""
+        """Put the modules on the device, in this config's memory layout, with Adam at each of
+        `rates`."""
         layout = torch.channels_last if self.cfg.compile else torch.contiguous_format
         self.modules = {name: m.to(self.device, memory_format=layout) for name, m in modules.items()}
         vars(self).update(self.modules)
@@ -817,27 +851,28 @@ class Learner:
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.precision == "bfloat16")
 
-    def arrive(self, batch):
-        """A sampled batch on the device, with two weights (B, T-1): `leaves`, one where a_{t+1} leaves s_t,
-        and `imitated`, where it does and the behaviour term wants `imitate` (B, T, A) there: the actions of
-        episodes that are `shown`, the offline ones."""
+    def prepare_batch(self, batch):
+        """A sampled batch on the device, with two weights (B, T-1): `valid`, one where a_{t+1}
+        leaves s_t, and `bc_mask`, where it does and the behaviour term wants `bc_target` (B, T, A)
+        there: the actions of episodes that are `shown`, the offline ones."""
         batch = {name: torch.as_tensor(value).to(self.device) for name, value in batch.items()}
-        batch["leaves"] = (~batch["first"][:, 1:]).float()
-        batch["imitated"] = batch["leaves"] * batch["shown"][:, 1:]
-        batch["imitate"] = batch["a"]
+        batch["valid"] = (~batch["is_first"][:, 1:]).float()
+        batch["bc_mask"] = batch["valid"] * batch["is_demo"][:, 1:]
+        batch["bc_target"] = batch["a"]
         return batch
 
-    def see(self, encoder, batch, shift):
-        """A StackEncoder on a batch, each stack shifted by itself -> feat (B, T', F), batch of (B, T', ...)
-        without its images: the first steps, which have no whole stack, are left out."""
-        x = stacked(batch["image"], batch["first"], self.cfg.frames)
+    def encode_frames(self, encoder, batch, shift):
+        """A StackEncoder on a batch, each stack shifted by itself -> feat (B, T', F), batch of (B,
+        T', ...) without its images: the first steps, which have no whole stack, are left out."""
+        x = stacked(batch["image"], batch["is_first"], self.cfg.frames)
         batch = {name: value[:, self.cfg.frames - 1:] for name, value in batch.items() if name != "image"}
         with self.autocast():
             x = to_image(random_shift(x.flatten(0, 1), shift), plain=not self.cfg.compile)
             return encoder(x).float().unflatten(0, batch["a"].shape[:2]), batch
 
     def step(self, loss, *names):
-        """One optimiser step on `loss` for each of the named modules. Returns their gradients' norms.
+        """One optimiser step on `loss` for each of the named modules. Returns their gradients'
+        norms.
 
         Raises FloatingPointError, before any parameter moves, where loss or gradient is not finite.
         """
@@ -865,21 +900,23 @@ class Learner:
             self.optimisers[name].load_state_dict(optimiser)
 
     def acting_state(self):
-        """The averaged weights that act, with the target critics, in half precision: a tenth of the whole."""
+        """The averaged weights that act, with the target critics, in half precision: a tenth of the
+        whole."""
         def half(module):
             return {name: v.half() if v.ndim else v for name, v in module.state_dict().items()}
-        return {name: half(self.modules[name]) for name in ("acting", "target") if name in self.modules}
+        return {name: half(self.modules[name]) for name in ("ema_policy", "target") if name in self.modules}
 
     def load_acting(self, state):
-        """Set what acts, and everything that can follow from it. SHARP: the critics were trained on latents of
-        the newest weights, which are not there, so that such an agent promises nothing."""
+        """Set what acts, and everything that can follow from it. SHARP: the critics were trained on
+        latents of the newest weights, which are not there, so that such an agent promises
+        nothing."""
         for name, module in state.items():
             self.modules[name].load_state_dict(module)
-        self.modules[self.trunk].load_state_dict(self.acting.model.state_dict())
-        self.actor.load_state_dict(self.acting.actor.state_dict())
+        self.modules[self.trunk].load_state_dict(self.ema_policy.model.state_dict())
+        self.actor.load_state_dict(self.ema_policy.actor.state_dict())
         if "critic" in self.modules:
             self.critic.load_state_dict(self.target.state_dict())
-        self.promise = None
+        self.value_estimate = None
 
 
 def as_numbers(metrics):
@@ -888,8 +925,9 @@ def as_numbers(metrics):
 
 
 def compiled_or_eager(function, mode):
-    """torch.compile, which shows at its first call whether this machine has what it needs (a working compiler,
-    Python's headers, ...); where it does not, the function itself, and one line that says so."""
+    """torch.compile, which shows at its first call whether this machine has what it needs (a
+    working compiler, Python's headers, ...); where it does not, the function itself, and one line
+    that says so."""
     chosen = torch.compile(function, mode=mode)
 
     def call(*args):
@@ -906,11 +944,12 @@ def compiled_or_eager(function, mode):
     return call
 
 
-class Agent(Learner):
+class MOTO(Agent):
     """World model, actor, critics, their optimisers, and the one `update` that both phases share.
 
-    `compiled`: model_terms and policy_terms go through torch.compile (with CUDA graphs on a GPU). The memory
-    layout of images is channels last, unless cfg.compile is off: then everything is torch's plain default.
+    `compiled`: model_terms and policy_terms go through torch.compile (with CUDA graphs on a GPU).
+    The memory layout of images is channels last, unless cfg.compile is off: then everything is
+    torch's plain default.
     """
 
     def __init__(self, cfg, action_size, terminates, device, compiled=False):
@@ -922,7 +961,7 @@ class Agent(Learner):
             prior = {"prior_encoder": StackEncoder(cfg), "prior_actor": Actor(cfg, action_size)}
             rates |= dict.fromkeys(prior, cfg.actor_lr)
             prior["prior"] = StackPolicy(*prior.values())
-        self.prepare(rates, model=model, actor=actor, critic=critic, acting=Policy(model, actor),
+        self.prepare(rates, model=model, actor=actor, critic=critic, ema_policy=Policy(model, actor),
                      target=copy.deepcopy(critic).requires_grad_(False), **prior)
         if compiled:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
@@ -930,11 +969,12 @@ class Agent(Learner):
             self.policy_terms = compiled_or_eager(self.policy_terms, mode)
 
     def update(self, batch):
-        """One step of everything. batch: dict of image (B, T, P, P, 3) uint8, a (B, T, A) and r, terminal,
-        first, shown (B, T), arrays or tensors. Returns metrics (floats). Raises FloatingPointError.
+        """One step of everything. batch: dict of image (B, T, P, P, 3) uint8, a (B, T, A) and r,
+        is_terminal, is_first, is_demo (B, T), arrays or tensors. Returns metrics (floats). Raises
+        FloatingPointError.
         """
         torch.compiler.cudagraph_mark_step_begin()                 # CUDA graphs reuse their memory from here
-        batch = self.arrive(batch)
+        batch = self.prepare_batch(batch)
         priors = {}
         if self.cfg.pixel_prior:
             priors = self.learn_prior(batch)
@@ -943,7 +983,7 @@ class Agent(Learner):
         with frozen(self.actor), self.autocast():
             loss, metrics, feat, brief = self.model_terms(batch)
         metrics = priors | metrics | self.step(loss, "model")
-        u, typical = metrics["model/disagreement"], self.model.typical_u
+        u, typical = metrics["model/disagreement"], self.model.disagreement_mean
         typical.copy_(torch.where(typical == 0, u, torch.lerp(typical, u, 0.01)))
 
         with frozen(self.model), self.autocast():
@@ -951,99 +991,102 @@ class Agent(Learner):
         learners = ("actor", "critic") if self.cfg.value_weight else ("actor",)
         metrics |= more | self.step(loss, *learners)
         update_target(self.target, self.critic, self.cfg.target_rate)
-        self.acting.follow(self.model, self.actor, self.cfg.acting_rate)
+        self.ema_policy.update_ema(self.model, self.actor, self.cfg.ema_rate)
         return as_numbers(metrics)
 
     def learn_prior(self, batch):
-        """Eq 13 on pixels: a step of the behaviour prior b(a | x_{t-2}, x_{t-1}, x_t) on the actions shown ->
-        metrics."""
-        shown = batch["shown"].any(1)
-        feat, seen = self.see(self.prior_encoder, {k: v[shown] for k, v in batch.items()}, self.cfg.shift)
-        loss = behaviour_loss(self.prior_actor, feat, seen["a"], seen["imitated"])
+        """Eq 13 on pixels: a step of the behaviour prior b(a | x_{t-2}, x_{t-1}, x_t) on the
+        actions shown -> metrics."""
+        demos = {name: value[batch["is_demo"].any(1)] for name, value in batch.items()}
+        feat, seen = self.encode_frames(self.prior_encoder, demos, self.cfg.shift)
+        loss = behaviour_loss(self.prior_actor, feat, seen["a"], seen["bc_mask"])
         norms = self.step(loss, "prior_encoder", "prior_actor")
-        self.prior.follow(self.prior_encoder, self.prior_actor, self.cfg.acting_rate)
+        self.prior.update_ema(self.prior_encoder, self.prior_actor, self.cfg.ema_rate)
         return {"prior/behaviour_nll": loss.detach()} | norms
 
     @torch.no_grad()
     def prior_says(self, batch):
-        """What to imitate where nothing is shown, online: an action drawn from b -> `imitate`, `imitated`.
+        """What to imitate where nothing is shown, online: an action drawn from b -> `bc_target`,
+        `bc_mask`.
 
-        DEPARTURE: so the policy stays near the behaviour prior wherever the agent gets, and its latents learn
-        from many more places than the demonstrations show what b, which sees images, can tell from those few.
-        Source: Ross et al. 2011 (DAgger): the student is told what to do in states of its own.
+        DEPARTURE: so the policy stays near the behaviour prior wherever the agent gets, and its
+        latents learn from many more places than the demonstrations show what b, which sees images,
+        can tell from those few. Source: Ross et al. 2011 (DAgger): the student is told what to do
+        in states of its own.
         """
-        asked, back = ~batch["shown"].any(1), self.cfg.frames - 1
-        says = {name: batch[name].clone() for name in ("imitate", "imitated")}
-        if asked.any():
-            feat, seen = self.see(self.prior.model, {k: v[asked] for k, v in batch.items()}, 0)
+        online, back = ~batch["is_demo"].any(1), self.cfg.frames - 1
+        says = {name: batch[name].clone() for name in ("bc_target", "bc_mask")}
+        if online.any():
+            feat, seen = self.encode_frames(self.prior.model, {k: v[online] for k, v in batch.items()}, 0)
             b = self.prior.actor(feat[:, :-1])
-            says["imitate"][asked, back + 1:] = b.rsample(torch.randn_like(b.mean))[0]
-            says["imitated"][asked, back:] = seen["leaves"]
+            says["bc_target"][online, back + 1:] = b.rsample(torch.randn_like(b.mean))[0]
+            says["bc_mask"][online, back:] = seen["valid"]
         return says
 
     def model_terms(self, batch):
-        """Eq 4, and the behaviour term's share in shaping the representation -> loss, metrics, feat, brief.
+        """Eq 4, and the behaviour term's share in shaping the representation -> loss, metrics,
+        feat, brief.
 
-        DEPARTURE: the behaviour term sees states of `brief` memory, filtered once more with the past wiped at
-        random (`forget`). A policy that remembers what it did learns to go on doing it instead of looking:
-        better on held-out demonstrations, worse when it acts. Source: de Haan et al. 2019, causal confusion.
-        DEPARTURE, too, where cfg.latent_noise is 0: these states are means. A regression on noisy inputs is
-        flatter than the truth, and a hand that is steered by it reaches too short. Source: Fuller 1987,
-        measurement error models.
+        DEPARTURE: the behaviour term sees states of `brief` memory, filtered once more with the
+        past wiped at random (`forget`). A policy that remembers what it did learns to go on doing
+        it instead of looking: better on held-out demonstrations, worse when it acts. Source: de
+        Haan et al. 2019, causal confusion. DEPARTURE, too, where cfg.latent_noise is 0: these
+        states are means. A regression on noisy inputs is flatter than the truth, and a hand that is
+        steered by it reaches too short. Source: Fuller 1987, measurement error models.
         """
         cfg, batch = self.cfg, batch | {"x": to_image(batch["image"], plain=not self.cfg.compile)}
         loss, metrics, feat, embed = model_loss(self.model, batch)
         brief = feat
         if cfg.forget or cfg.latent_noise != 1:
-            wiped = batch["first"] | (torch.rand(batch["first"].shape, device=feat.device) < cfg.forget)
+            wiped = batch["is_first"] | (torch.rand(batch["is_first"].shape, device=feat.device) < cfg.forget)
             brief = torch.cat(self.model.filter(embed, batch["a"], wiped, cfg.latent_noise)[:2], -1)
         if cfg.repr_weight:
-            shaping = behaviour_loss(self.actor, brief, batch["imitate"], batch["imitated"])
+            shaping = behaviour_loss(self.actor, brief, batch["bc_target"], batch["bc_mask"])
             loss = loss + cfg.repr_weight * shaping
         return loss, metrics, feat.float(), brief.float()
 
     def policy_terms(self, feat, brief, batch):
-        """Eq 13 and, with a value weight, Eq 6 to 11, 14: feat, brief (B, T, F) without gradient -> loss,
-        metrics.
+        """Eq 13 and, with a value weight, Eq 6 to 11, 14: feat, brief (B, T, F) without gradient ->
+        loss, metrics.
 
-        The loss is the actor's plus the critics': neither reaches the other's parameters, so that one
-        backward pass serves both.
+        The loss is the actor's plus the critics': neither reaches the other's parameters, so that
+        one backward pass serves both.
         """
         cfg, model = self.cfg, self.model
-        behaviour = behaviour_loss(self.actor, brief, batch["imitate"], batch["imitated"])
+        behaviour = behaviour_loss(self.actor, brief, batch["bc_target"], batch["bc_mask"])
         if not cfg.value_weight:
             return behaviour, {"actor/behaviour_nll": behaviour.detach()}
         start = feat.flatten(0, 1)
-        dream = imagine(model, self.actor, start[:, :cfg.deter], start[:, cfg.deter:], cfg.horizon)
-        reward = model.expected_reward(dream["feat"][1:])
-        paid = penalised_reward(reward, dream["u"], cfg.alpha, model.typical_u)
-        alive = model.expected_continuation(dream["feat"][1:])
-        q = self.target(dream["feat"], dream["a"]).min(0).values     # the smaller of the two
-        V = value_expansion(paid, cfg.gamma * alive, q, cfg.lam)
-        running = torch.cat([1 - batch["terminal"].reshape(1, -1), alive.detach()]).cumprod(0)
-        loss_actor = actor_loss(V[0], behaviour, dream["logp"][0], running[0], cfg)
+        imagined = imagine(model, self.actor, start[:, :cfg.deter], start[:, cfg.deter:], cfg.horizon)
+        reward = model.expected_reward(imagined["feat"][1:])
+        penalized = penalised_reward(reward, imagined["u"], cfg.alpha, model.disagreement_mean)
+        continuation = model.expected_continuation(imagined["feat"][1:])
+        q = self.target(imagined["feat"], imagined["a"]).min(0).values     # the smaller of the two
+        V = value_expansion(penalized, cfg.gamma * continuation, q, cfg.lam)
+        weight = torch.cat([1 - batch["is_terminal"].reshape(1, -1), continuation.detach()]).cumprod(0)
+        loss_actor = actor_loss(V[0], behaviour, imagined["logp"][0], weight[0], cfg)
 
-        y = critic_target(batch["r"], batch["terminal"], V[0].reshape(feat.shape[:2]), cfg.gamma)
-        real = critic_loss(self.critic(feat[:, :-1], batch["a"][:, 1:]), y, batch["leaves"], self.critic.unit)
-        q = self.critic(dream["feat"][:-1].detach(), dream["a"][:-1].detach())
-        dreamt = critic_loss(q, V[:-1], running[:-1], self.critic.unit)
+        y = critic_target(batch["r"], batch["is_terminal"], V[0].reshape(feat.shape[:2]), cfg.gamma)
+        real = critic_loss(self.critic(feat[:, :-1], batch["a"][:, 1:]), y, batch["valid"], self.critic.unit)
+        q = self.critic(imagined["feat"][:-1].detach(), imagined["a"][:-1].detach())
+        on_imagined = critic_loss(q, V[:-1], weight[:-1], self.critic.unit)
         metrics = {
             "actor/behaviour_nll": behaviour, "actor/value": V[0].mean() * (1 - cfg.gamma),
-            "actor/entropy": -dream["logp"][0].mean(), "critic/real": real,
-            "critic/imagined": dreamt, "imagined/reward": reward.mean(),
-            "imagined/disagreement": dream["u"].mean() / model.typical_u,
-            "imagined/penalty": (reward - paid).mean()}
+            "actor/entropy": -imagined["logp"][0].mean(), "critic/real": real,
+            "critic/imagined": on_imagined, "imagined/reward": reward.mean(),
+            "imagined/disagreement": imagined["u"].mean() / model.disagreement_mean,
+            "imagined/penalty": (reward - penalized).mean()}
         metrics = {name: value.detach() for name, value in metrics.items()}
-        return loss_actor + cfg.real_weight * real + dreamt, metrics
+        return loss_actor + cfg.real_weight * real + on_imagined, metrics
 
     @torch.no_grad()
-    def promise(self, image):
-        """What the critics promise for the action taken at an episode's first image (P, P, 3), in units of
-        1 / (1 - gamma); None where they never learn. Their input is what they are trained on, a latent of the
-        newest weights, not of the averaged ones."""
+    def value_estimate(self, image):
+        """What the critics promise for the action taken at an episode's first image (P, P, 3), in
+        units of 1 / (1 - gamma); None where they never learn. Their input is what they are trained
+        on, a latent of the newest weights, not of the averaged ones."""
         if not self.cfg.value_weight:
             return None
-        a = torch.as_tensor(self.acting.act(image)[0], device=self.device)[None]
+        a = torch.as_tensor(self.ema_policy.act(image)[0], device=self.device)[None]
         x = to_image(torch.as_tensor(image, device=self.device))[None]
         h, z = self.model.initial(1, self.device)
         h, z, *_ = self.model.filter_step(h, z, torch.zeros_like(a), self.model.encoder(x), torch.zeros_like(z))
@@ -1054,23 +1097,24 @@ class Agent(Learner):
 # Behaviour cloning: the same actor, replay and loops, without a model
 # ------------------------------------------------------------------------------------------------------------
 
-def stacked(image, first, frames):
-    """Images of steps t - frames + 1 to t along the channels: (B, T, P, P, 3) -> (B, T', P, P, 3 * frames).
+def stacked(image, is_first, frames):
+    """Images of steps t - frames + 1 to t along the channels: (B, T, P, P, 3) -> (B, T', P, P, 3 *
+    frames).
 
-    T' = T - frames + 1: a sequence's first steps are not in view whole. Before an episode's beginning
-    (`first`, (B, T)) its first image is repeated.
+    T' = T - frames + 1: a sequence's first steps are not in view whole. Before an episode's
+    beginning (`is_first`, (B, T)) its first image is repeated.
     """
     back, views = frames - 1, [image[:, frames - 1:]]
-    same = torch.ones_like(first[:, back:])
+    same = torch.ones_like(is_first[:, back:])
     for n in range(1, frames):                                       # still the same episode n steps back?
-        same = same & ~first[:, back + 1 - n:first.shape[1] + 1 - n]
+        same = same & ~is_first[:, back + 1 - n:is_first.shape[1] + 1 - n]
         views.insert(0, torch.where(same[..., None, None, None], image[:, back - n:-n], views[0]))
     return torch.cat(views, -1)
 
 
 class StackEncoder(nn.Sequential):
-    """Stacked images (N, 3 * frames, P, P) -> feature (N, F), the input of the Actor and Critic of MOTO;
-    layer norm and tanh keep it bounded, as in DrQ."""
+    """Stacked images (N, 3 * frames, P, P) -> feature (N, F), the input of the Actor and Critic of
+    MOTO; layer norm and tanh keep it bounded, as in DrQ."""
 
     def __init__(self, cfg):
         width = cfg.deter + cfg.stoch
@@ -1079,8 +1123,8 @@ class StackEncoder(nn.Sequential):
 
 
 class StackPolicy(Policy):
-    """What acts in the baselines: the encoder of the latest frames (`model`) and the actor. MOTO's behaviour
-    prior is one, too."""
+    """What acts in the baselines: the encoder of the latest frames (`model`) and the actor. MOTO's
+    behaviour prior is one, too."""
 
     @torch.no_grad()
     def act(self, image, state=None, generator=None):
@@ -1095,36 +1139,36 @@ class StackPolicy(Policy):
         return a[0].cpu().numpy(), frames
 
 
-class BC(Learner):
+class BC(Agent):
     """Behaviour cloning from stacked frames: Eq 13 alone, which trains encoder and actor."""
-    promise, trunk = None, "encoder"
+    value_estimate, trunk = None, "encoder"
 
     def __init__(self, cfg, action_size, terminates, device, compiled=False):
         super().__init__(cfg, device)
         encoder, actor = StackEncoder(cfg), Actor(cfg, action_size)
         self.prepare({"encoder": cfg.actor_lr, "actor": cfg.actor_lr}, encoder=encoder, actor=actor,
-                     acting=StackPolicy(encoder, actor))
+                     ema_policy=StackPolicy(encoder, actor))
 
     def update(self, batch):
-        """One step of everything; as Agent.update."""
-        feat, batch = self.see(self.encoder, self.arrive(batch), self.cfg.shift)
+        """One step of everything; as MOTO.update."""
+        feat, batch = self.encode_frames(self.encoder, self.prepare_batch(batch), self.cfg.shift)
         with self.autocast():
             loss, metrics = self.losses(feat, batch)
         metrics |= self.step(loss, *self.optimisers)
-        self.acting.follow(self.encoder, self.actor, self.cfg.acting_rate)
+        self.ema_policy.update_ema(self.encoder, self.actor, self.cfg.ema_rate)
         return as_numbers(metrics)
 
     def losses(self, feat, batch):
         """feat (B, T', F) of the stacks, batch of (B, T', ...) -> loss, metrics."""
-        behaviour = behaviour_loss(self.actor, feat, batch["a"], batch["imitated"])
+        behaviour = behaviour_loss(self.actor, feat, batch["a"], batch["bc_mask"])
         return behaviour, {"actor/behaviour_nll": behaviour}
 
 
-LEARNERS = {"bc": BC}                                                   # every other variant: Agent
+AGENTS = {"bc": BC}                                                   # every other variant: MOTO
 
 
-def make_learner(cfg, action_size, terminates, device, compiled=False):
-    return LEARNERS.get(cfg.variant, Agent)(cfg, action_size, terminates, device, compiled)
+def make_agent(cfg, action_size, terminates, device, compiled=False):
+    return AGENTS.get(cfg.variant, MOTO)(cfg, action_size, terminates, device, compiled)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1137,7 +1181,7 @@ def make_learner(cfg, action_size, terminates, device, compiled=False):
 def write_atomically(path, write):
     """Call write(file) on a temporary neighbour, flush it to the disk, rename it: no half files.
 
-    Raises Trouble on a full or unwritable disk; what `path` held before is then untouched.
+    Raises UserError on a full or unwritable disk; what `path` held before is then untouched.
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -1151,8 +1195,8 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as error:                      # RuntimeError: torch.save's full disk
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise Trouble(f"cannot write {path} ({error}); free some disk space or choose a writable folder, and "
-                      "repeat the command: everything saved before is intact") from None
+        raise UserError(f"cannot write {path} ({error}); free some disk space or choose a writable folder, and "
+                        "repeat the command: everything saved before is intact") from None
 
 
 def write_json(path, value):
@@ -1167,16 +1211,17 @@ def save_episode(path, image, action, reward, terminal=False):
 
 
 def load_episode(path, image_size, action_size):
-    """Read and check one .npz episode -> dict of image, action, reward, terminal. Trouble names the fault."""
+    """Read and check one .npz episode -> dict of image, action, reward, terminal. UserError names
+    the fault."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except Exception as error:                                       # zip, zlib, pickle, header, system
-        raise Trouble(f"{path} cannot be read ({type(error).__name__}: {error}); it is missing, truncated or "
-                      "no .npz of plain arrays: write it again or remove it") from None
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); it is missing, truncated or "
+                        "no .npz of plain arrays: write it again or remove it") from None
     missing = {"image", "action", "reward"} - arrays.keys()
     if missing:
-        raise Trouble(f"{path} lacks {', '.join(sorted(missing))}; an episode has image, action and reward")
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}; an episode has image, action and reward")
     image, action, reward = arrays["image"], arrays["action"], arrays["reward"]
     terminal = arrays.get("terminal", np.zeros((), bool))
     L = len(reward) if reward.ndim else 0
@@ -1190,12 +1235,12 @@ def load_episode(path, image_size, action_size):
              image.shape == (L + 1, image_size, image_size, 3) or image.shape),
             ("terminal to be one bool", terminal.size == 1 or terminal.shape)):
         if found is not True:
-            raise Trouble(f"{path}: expected {wanted}, found {found}; correct the file or remove it")
+            raise UserError(f"{path}: expected {wanted}, found {found}; correct the file or remove it")
     for name, array, limit in (("action", action, 1.001), ("reward", reward, np.inf)):
         if not np.isfinite(array).all() or np.abs(array).max() > limit:
             wanted = "finite" if limit == np.inf else "finite and in [-1, 1]"
-            raise Trouble(f"{path}: {name} must be {wanted}, found {array.min():g} to {array.max():g}; "
-                          "correct the file or remove it")
+            raise UserError(f"{path}: {name} must be {wanted}, found {array.min():g} to {array.max():g}; "
+                            "correct the file or remove it")
     return {"image": image, "action": action.astype(np.float32), "reward": reward.astype(np.float32),
             "terminal": bool(terminal)}
 
@@ -1210,57 +1255,61 @@ def fingerprint(episodes):
 
 
 class Replay:
-    """Episodes laid end to end in flat tensors: a sequence is a slice; sampling costs the same at any size.
+    """Episodes laid end to end in flat tensors: a sequence is a slice; sampling costs the same at
+    any size.
 
-    Images stay uint8 and are held once, on the device that learns, so that a batch is a gather there and no
-    copy. A sequence may run over the end of one episode into the next: `first` marks the seam, and every
-    loss respects it. `starts` has the positions where a sequence may begin, for the offline and for the online
-    part of a batch; any of a part is equally likely. An online episode that joins the offline data is in both.
+    Images stay uint8 and are held once, on the device that learns, so that a batch is a gather
+    there and no copy. A sequence may run over the end of one episode into the next: `is_first`
+    marks the seam, and every loss respects it. `starts` has the positions where a sequence may
+    begin, for the offline and for the online part of a batch; any of a part is equally likely. An
+    online episode that joins the offline data is in both.
     """
 
     def __init__(self, capacity, image_size, action_size, device="cpu"):
         self.size, self.device = 0, device
         self.starts = {part: np.zeros(0, int) for part in ("offline", "online")}
         shapes = {"image": ((image_size, image_size, 3), np.uint8), "a": ((action_size,), np.float32),
-                  "r": ((), np.float32), "terminal": ((), np.float32), "first": ((), bool),
-                  "shown": ((), bool)}
+                  "r": ((), np.float32), "is_terminal": ((), np.float32), "is_first": ((), bool),
+                  "is_demo": ((), bool)}
         self.data = {name: torch.from_numpy(np.zeros((capacity, *shape), kind)).to(device)
                      for name, (shape, kind) in shapes.items()}    # on a CPU, memory is used as it is filled
 
-    def add(self, episode, shown, part="offline"):
-        """Append an episode (dict as from load_episode) in this file's time: a[t], r[t] led into image[t].
-        `shown`: whether the behaviour term is to imitate it, or which actions of it (L,). Returns where it
-        begins."""
+    def add(self, episode, is_demo, part="offline"):
+        """Append an episode (dict as from load_episode) in this file's time: a[t], r[t] led into
+        image[t]. `is_demo`: whether the behaviour term is to imitate it, or which actions of it
+        (L,). Returns where it begins."""
         start, end = self.size, self.size + len(episode["image"])
         self.data["image"][start:end] = torch.as_tensor(episode["image"])
         self.data["a"][start + 1:end] = torch.as_tensor(episode["action"])
         self.data["r"][start + 1:end] = torch.as_tensor(episode["reward"])
-        self.data["first"][start], self.data["terminal"][end - 1] = True, episode["terminal"]
-        self.data["shown"][start + 1:end] = torch.as_tensor(shown)
+        self.data["is_first"][start], self.data["is_terminal"][end - 1] = True, episode["terminal"]
+        self.data["is_demo"][start + 1:end] = torch.as_tensor(is_demo)
         self.starts[part] = np.append(self.starts[part], np.arange(start, end))
         self.size = end
         return start
 
-    def join(self, start, shown):
-        """Let the first L actions of the online episode that begins at `start`, of which `shown` (L,) are to be
-        imitated, count as offline data, too."""
-        end = start + len(shown) + 1
-        self.data["shown"][start + 1:end] = torch.as_tensor(shown)
+    def join(self, start, is_demo):
+        """Let the first L actions of the online episode that begins at `start`, of which `is_demo`
+        (L,) are to be imitated, count as offline data, too."""
+        end = start + len(is_demo) + 1
+        self.data["is_demo"][start + 1:end] = torch.as_tensor(is_demo)
         self.starts["offline"] = np.append(self.starts["offline"], np.arange(start, end))
 
     def sample(self, rng, count, length, part="offline"):
-        """`count` sequences of `length` steps -> dict of (count, length, ...); `first` is set at starts. In the
-        online part nothing is shown, neither what has joined the offline data."""
+        """`count` sequences of `length` steps -> dict of (count, length, ...); `is_first` is set at
+        starts. In the online part nothing counts as a demonstration, neither what has joined the
+        offline data."""
         at = self.starts[part][rng.integers(0, self.choices(part, length), size=count)]
         at = torch.from_numpy(at[:, None] + np.arange(length)).to(self.device)
         batch = {name: values[at] for name, values in self.data.items()}
-        batch["first"][:, 0] = True
+        batch["is_first"][:, 0] = True
         if part == "online":
-            batch["shown"][:] = False
+            batch["is_demo"][:] = False
         return batch
 
     def choices(self, part, length):
-        """How many sequences of `length` steps a part has: `starts` ascends, and the last steps have none."""
+        """How many sequences of `length` steps a part has: `starts` ascends, and the last steps
+        have none."""
         return int(np.searchsorted(self.starts[part], self.size - length, "right"))
 
 
@@ -1273,7 +1322,8 @@ def sample_batch(cfg, rng, replay):
 
 
 def memory_bytes(device):
-    """The memory of a GPU, or of this machine as far as the process may use it; None where that is unknown."""
+    """The memory of a GPU, or of this machine as far as the process may use it; None where that is
+    unknown."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[1]
     found = []
@@ -1285,13 +1335,13 @@ def memory_bytes(device):
 
 
 def check_memory(cfg, action_size, steps):
-    """Raise Trouble where a replay of `steps` would take more than four fifths of the memory."""
+    """Raise UserError where a replay of `steps` would take more than four fifths of the memory."""
     needed = steps * (3 * cfg.image_size ** 2 + 4 * action_size + 10)
     there = memory_bytes(cfg.device)
     if there is not None and needed > 0.8 * there:
-        raise Trouble(f"the replay takes {needed / 1e9:,.1f} GB ({steps:,} steps with images of "
-                      f"{cfg.image_size} x {cfg.image_size}), and {cfg.device} has {there / 1e9:,.1f} in all; "
-                      "lower --online-episodes, --episode-steps, --demos or --image-size")
+        raise UserError(f"the replay takes {needed / 1e9:,.1f} GB ({steps:,} steps with images of "
+                        f"{cfg.image_size} x {cfg.image_size}), and {cfg.device} has {there / 1e9:,.1f} in "
+                        "all; lower --online-episodes, --episode-steps, --demos or --image-size")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1299,17 +1349,18 @@ def check_memory(cfg, action_size, steps):
 # ------------------------------------------------------------------------------------------------------------
 # An environment has action_size, terminates, describe() -> dict, reset(seed) -> image, close(), and
 # step(a) -> image, reward, terminal (the task ended), over (it ended or ran out of time), success. One that
-# can demonstrate has also scripted_action(), demonstrated (the script's aim is reached), and most_shown (the
-# largest reward that a demonstration may contain).
+# can demonstrate has also scripted_action(), demonstrated (the script's aim is reached), and
+# max_demo_reward (the largest reward that a demonstration may contain).
 
 GL_HELP = ("no OpenGL backend works for MuJoCo without a screen; install one (Debian, Ubuntu: apt-get "
            "install libegl1 libgl1-mesa-dri, or libosmesa6) or set MUJOCO_GL to one that works")
 
 
 def choose_gl():
-    """Set MUJOCO_GL before mujoco is imported: as the user wants it, else EGL, else OSMesa. Returns "", or, where
-    nothing works, a sentence with cause and mend. In a player's process the program has tried it before."""
-    if not sys.platform.startswith("linux") or "mujoco" in sys.modules or player:
+    """Set MUJOCO_GL before mujoco is imported: as the user wants it, else EGL, else OSMesa. Returns
+    "", or, where nothing works, a sentence with cause and mend. In a rollout worker's process the
+    program has tried it before."""
+    if not sys.platform.startswith("linux") or "mujoco" in sys.modules or worker:
         return ""
     wishes = {name: os.environ[name] for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM") if os.environ.get(name)}
     trial = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8).close()"
@@ -1340,20 +1391,21 @@ def nearest(name, known):
 
 
 def need(package, command):
-    """Raise Trouble where a simulator's package or OpenGL is missing."""
+    """Raise UserError where a simulator's package or OpenGL is missing."""
     if importlib.util.find_spec(package) is None:
-        raise Trouble(f"{package} is not installed; {command}")
+        raise UserError(f"{package} is not installed; {command}")
     trouble = choose_gl()
     if trouble:
-        raise Trouble(trouble)
+        raise UserError(trouble)
 
 
 class Camera:
-    """Images (P, P, 3) uint8 of a MuJoCo scene; `view`: azimuth, elevation (degrees), distance, lookat (m).
+    """Images (P, P, 3) uint8 of a MuJoCo scene; `view`: azimuth, elevation (degrees), distance,
+    lookat (m).
 
-    DEPARTURE: shadows, multisampling and reflections are off, which renders much faster in software. Instead
-    each pixel is the mean of `finer` x `finer` rendered ones: a hand is then located to fractions of a pixel
-    (1 cm on Meta-World).
+    DEPARTURE: shadows, multisampling and reflections are off, which renders much faster in
+    software. Instead each pixel is the mean of `finer` x `finer` rendered ones: a hand is then
+    located to fractions of a pixel (1 cm on Meta-World).
     """
 
     def __init__(self, cfg, model, data, view):
@@ -1375,7 +1427,8 @@ class Camera:
         self.slope = eyes[0].frustum_top / eyes[0].frustum_near      # half the view's height per distance
 
     def describe(self):
-        """All that decides what an image looks like, for config.json and for the demonstrations' cache."""
+        """All that decides what an image looks like, for config.json and for the demonstrations'
+        cache."""
         from OpenGL import GL
         self.render()                                                # makes its own OpenGL context current
         return {"renderer": GL.glGetString(GL.GL_RENDERER).decode(), "camera": self.view,
@@ -1384,15 +1437,16 @@ class Camera:
                 "mujoco": importlib.metadata.version("mujoco")}
 
     def out_of_view(self):
-        """Geoms whose bounding sphere lies wholly outside the camera's pyramid (G,): half of the robot."""
+        """Geoms whose bounding sphere lies wholly outside the camera's pyramid (G,): half of the
+        robot."""
         x, y, z = self.axes @ (self.data.geom_xpos - self.eye).T
         radius = 1.1 * self.model.geom_rbound + 0.01             # 0 marks an unbounded plane
         beyond = np.maximum(abs(x), abs(y)) > self.slope * z + radius * math.hypot(1, self.slope)
         return (beyond | (z < -radius)) & (self.model.geom_rbound > 0)
 
     def render(self):
-        """The image (P, P, 3) uint8. What is out of view goes to a group that is not drawn: a software
-        renderer spends its time on vertices, seen or not."""
+        """The image (P, P, 3) uint8. What is out of view goes to a group that is not drawn: a
+        software renderer spends its time on vertices, seen or not."""
         self.model.geom_group[:] = np.where(self.out_of_view(), 5, self.groups)
         self.renderer.update_scene(self.data, self.free)
         image, n = self.renderer.render().astype(np.uint16), self.finer
@@ -1405,10 +1459,11 @@ class Camera:
 class MetaWorld:
     """A Meta-World task seen through the authors' camera.
 
-    The protocol of the authors' baselines: sparse reward (1 while `success` holds), action repeat, new object
-    and goal positions at each reset, jittered hand, ten zero actions, no early termination.
+    The protocol of the authors' baselines: sparse reward (1 while `success` holds), action repeat,
+    new object and goal positions at each reset, jittered hand, ten zero actions, no early
+    termination.
     """
-    action_size, terminates, most_shown = 4, False, 1
+    action_size, terminates, max_demo_reward = 4, False, 1
     view = {"azimuth": 15, "elevation": -22.5, "distance": 0.75, "lookat": [-0.15, 0.65, 0.25]}
 
     def __init__(self, cfg):
@@ -1418,14 +1473,14 @@ class MetaWorld:
         names = sorted(name.removesuffix("-v3-goal-observable") for name in tasks)
         if cfg.task not in names:
             names += Kitchen.tasks
-            raise Trouble(f"unknown task {cfg.task!r}; {nearest(cfg.task, names)}, or gym:ENV_ID")
+            raise UserError(f"unknown task {cfg.task!r}; {nearest(cfg.task, names)}, or gym:ENV_ID")
         warnings.filterwarnings("ignore", "Constant")                # scripted actions leave [-1, 1]: clipped
         self.env = tasks[f"{cfg.task}-v3-goal-observable"](seed=0)
         self.env.seeded_rand_vec, self.env._freeze_rand_vec = True, False
         self.policy_class, self.repeat = policies[f"{cfg.task}-v3"], cfg.action_repeat
         most = (self.env.max_path_length - 10) // cfg.action_repeat
         if cfg.episode_steps > most:
-            raise Trouble(f"--episode-steps is {cfg.episode_steps} but Meta-World allows at most {most}")
+            raise UserError(f"--episode-steps is {cfg.episode_steps} but Meta-World allows at most {most}")
         self.camera = Camera(cfg, self.env.model, self.env.data, self.view)
         self.render = self.camera.render
 
@@ -1459,9 +1514,9 @@ class MetaWorld:
 
 
 def to_rgb(picture):
-    """What an environment's render() gave -> (height, width, 3) uint8: of an array (or a list of one) that is
-    gray, RGB or opaque RGBA, channels last or first, in uint8, booleans or floats from 0 to 1. Raises ValueError,
-    which says what it found, on anything else."""
+    """What an environment's render() gave -> (height, width, 3) uint8: of an array (or a list of
+    one) that is gray, RGB or opaque RGBA, channels last or first, in uint8, booleans or floats from
+    0 to 1. Raises ValueError, which says what it found, on anything else."""
     if isinstance(picture, (list, tuple)) and len(picture) == 1:
         picture, = picture
     if picture is None or isinstance(picture, (list, tuple, dict, str)):
@@ -1486,9 +1541,10 @@ def to_rgb(picture):
 class GymTask:
     """Any Gymnasium environment with rgb_array rendering and a bounded Box of actions.
 
-    Actions in [-1, 1] are mapped evenly onto the box, of whole numbers, too; pictures are converted by `to_rgb`.
-    One reset, render and step are tried at once. Raises Trouble, or, where something cannot be used that comes
-    from the environment itself, there or in the middle of a run, EpisodeTrouble with the step and the value.
+    Actions in [-1, 1] are mapped evenly onto the box, of whole numbers, too; pictures are converted
+    by `to_rgb`. One reset, render and step are tried at once. Raises UserError, or, where something
+    cannot be used that comes from the environment itself, there or in the middle of a run,
+    EpisodeError with the step and the value.
     """
     terminates = True
 
@@ -1504,13 +1560,13 @@ class GymTask:
             if self.name.split(":")[-1] not in gymnasium.registry:
                 mend = (f"{nearest(self.name, sorted(gymnasium.registry))} What another package registers is "
                         "gym:MODULE:ID, with the module to import")
-            raise Trouble(f"Gymnasium cannot make {self.name!r} with rgb_array rendering ({error}); {mend}"
+            raise UserError(f"Gymnasium cannot make {self.name!r} with rgb_array rendering ({error}); {mend}"
                           ) from None
         self.space = space = self.env.action_space
         if not (isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1 and space.is_bounded()):
-            raise Trouble(f"{self.name} has actions {space}; a one-dimensional bounded Box is needed")
+            raise UserError(f"{self.name} has actions {space}; a one-dimensional bounded Box is needed")
         if space.dtype.kind != "f" and np.abs(np.append(space.low, space.high).astype(float)).max() > 2 ** 53:
-            raise Trouble(f"{self.name} has actions {space}; whole numbers are exact up to 2^53 only")
+            raise UserError(f"{self.name} has actions {space}; whole numbers are exact up to 2^53 only")
         self.action_size = space.shape[0]
         self.reset([0])
         self.step(np.zeros(self.action_size))
@@ -1520,7 +1576,8 @@ class GymTask:
         return {"gymnasium": gymnasium.__version__}
 
     def trouble(self, what):
-        return EpisodeTrouble(f"{self.name}: {what} (at step {self.steps} of an episode); correct the environment")
+        return EpisodeError(f"{self.name}: {what} (at step {self.steps} of an episode); correct the "
+                            "environment")
 
     def ask(self, method, *args, **kwargs):
         """Call a method of the environment."""
@@ -1547,8 +1604,8 @@ class GymTask:
         return self.render()
 
     def to_box(self, action):
-        """An action (A,) in [-1, 1] -> the box: linearly between floating bounds; of whole numbers, each has an
-        equal share of [-1, 1]."""
+        """An action (A,) in [-1, 1] -> the box: linearly between floating bounds; of whole numbers,
+        each has an equal share of [-1, 1]."""
         low, high = self.space.low.astype(float), self.space.high.astype(float)
         share = (np.clip(np.asarray(action, float), -1, 1) + 1) / 2
         if self.space.dtype.kind != "f":
@@ -1603,9 +1660,9 @@ def episode_seed(cfg, stream, index):
 def demonstrate(cfg, env, seed):
     """One scripted episode -> lists of image, action, reward, and whether it succeeded.
 
-    Noise is added to the clipped scripted action; the sum, clipped again, is executed and recorded. It goes
-    on for `demo_tail` steps after the first success: long enough to show that the reward lasts (where it
-    does), not so long that the data is all standing still.
+    Noise is added to the clipped scripted action; the sum, clipped again, is executed and recorded.
+    It goes on for `demo_tail` steps after the first success: long enough to show that the reward
+    lasts (where it does), not so long that the data is all standing still.
     """
     rng, images, actions, rewards, after = np.random.default_rng(seed), [env.reset(seed)], [], [], 0
     while len(actions) < cfg.episode_steps and after <= cfg.demo_tail:
@@ -1614,18 +1671,19 @@ def demonstrate(cfg, env, seed):
         images.append(image), actions.append(a), rewards.append(reward)
         after += bool(env.demonstrated or after)
         exit_if_asked()
-    return images, actions, rewards, after > 0 and max(rewards) <= env.most_shown
+    return images, actions, rewards, after > 0 and max(rewards) <= env.max_demo_reward
 
 
-def collect_demos(cfg, players):
-    """Successful scripted demonstrations; returns their paths, in a folder named after all that decides them.
+def collect_demos(cfg, workers):
+    """Successful scripted demonstrations; returns their paths, in a folder named after all that
+    decides them.
 
-    The same ingredients find the same folder again, a changed one makes a new folder. A collection that was
-    interrupted continues. Raises Trouble where the scripted policy hardly ever succeeds.
+    The same ingredients find the same folder again, a changed one makes a new folder. A collection
+    that was interrupted continues. Raises UserError where the scripted policy hardly ever succeeds.
     """
-    env = players.env
+    env = workers.env
     if not hasattr(env, "scripted_action"):
-        raise Trouble(f"{cfg.task} has no scripted policy; give your own episodes with --data DIR")
+        raise UserError(f"{cfg.task} has no scripted policy; give your own episodes with --data DIR")
     folder = cache_folder(cfg, env, {name: getattr(cfg, name) for name in
                                      ("seed", "demos", "demo_noise", "demo_tail", "episode_steps")})
     paths = sorted(folder.glob("attempt*.npz"))[:cfg.demos]
@@ -1634,11 +1692,11 @@ def collect_demos(cfg, players):
     with tqdm(total=cfg.demos, initial=len(paths), desc="demonstrations", disable=complete) as bar:
         while len(paths) < cfg.demos:
             if attempt >= most:
-                raise Trouble(f"only {len(paths)} of {attempt} scripted attempts at {cfg.task} succeeded in "
-                              f"{cfg.episode_steps} steps; raise --episode-steps or lower --demo-noise")
+                raise UserError(f"only {len(paths)} of {attempt} scripted attempts at {cfg.task} succeeded in "
+                                f"{cfg.episode_steps} steps; raise --episode-steps or lower --demo-noise")
             several = range(attempt, min(attempt + 2 * cfg.workers, most))
             seeds = [episode_seed(cfg, "demos", index) for index in several]
-            for attempt, (*episode, success) in zip(several, players.each(demonstrate, seeds)):
+            for attempt, (*episode, success) in zip(several, workers.each(demonstrate, seeds)):
                 if success and len(paths) < cfg.demos:
                     paths.append(folder / f"attempt{attempt:04d}.npz")
                     save_episode(paths[-1], *episode)
@@ -1651,7 +1709,8 @@ def collect_demos(cfg, players):
 
 
 def cache_folder(cfg, env, ingredients):
-    """The folder in cfg.cache for episodes made from `ingredients` (and from what decides how they look)."""
+    """The folder in cfg.cache for episodes made from `ingredients` (and from what decides how they
+    look)."""
     ingredients = ingredients | env.describe() | {
         "numpy": np.__version__, "layout": 1, "task": cfg.task, "image_size": cfg.image_size,
         "action_repeat": cfg.action_repeat}
@@ -1661,16 +1720,16 @@ def cache_folder(cfg, env, ingredients):
     return folder
 
 
-def offline_paths(cfg, players):
+def offline_paths(cfg, workers):
     """The offline episodes: the user's folder, a Minari data set, or scripted demonstrations."""
     if not cfg.data:
-        return collect_demos(cfg, players)
+        return collect_demos(cfg, workers)
     if cfg.data.startswith("minari:"):
-        return render_minari(cfg, players)
+        return render_minari(cfg, workers)
     paths = sorted(Path(cfg.data).glob("*.npz"))
     if not paths:
-        raise Trouble(f"{cfg.data} holds no .npz episodes" if Path(cfg.data).is_dir() else
-                      f"there is no folder {cfg.data}; --data takes a folder of .npz episodes")
+        raise UserError(f"{cfg.data} holds no .npz episodes" if Path(cfg.data).is_dir() else
+                        f"there is no folder {cfg.data}; --data takes a folder of .npz episodes")
     return paths
 
 
@@ -1682,27 +1741,28 @@ class Stopped(Exception):
     """SIGINT or SIGTERM arrived; raised at the next step boundary."""
 
 
-asked = {"signal": None}
+stop_requested = {"signal": None}
 
 
 def exit_if_asked():
-    if asked["signal"]:
+    if stop_requested["signal"]:
         raise Stopped
 
 
 @contextlib.contextmanager
 def signals_wait():
-    """Inside, Ctrl-C and SIGTERM wait for the next step boundary (minutes, while torch.compile is at work); a
-    second one does not. In a thread signals are not the program's, and nothing changes."""
-    asked["signal"] = None
+    """Inside, Ctrl-C and SIGTERM wait for the next step boundary (minutes, while torch.compile is
+    at work); a second one does not. In a thread signals are not the program's, and nothing
+    changes."""
+    stop_requested["signal"] = None
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def note(number, frame):
-        if asked["signal"]:
+        if stop_requested["signal"]:
             raise KeyboardInterrupt
-        asked["signal"] = number
+        stop_requested["signal"] = number
         os.write(2, b"\nmoto: stopping after this step; Ctrl-C again: at once\n")     # print is not safe here
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1714,7 +1774,8 @@ def signals_wait():
 
 @contextlib.contextmanager
 def decorative(what):
-    """For what nobody should lose a run for, pictures and TensorBoard: an error inside becomes one line."""
+    """For what nobody should lose a run for, pictures and TensorBoard: an error inside becomes one
+    line."""
     try:
         yield
     except Stopped:
@@ -1729,27 +1790,29 @@ MAY_CHANGE = {"logdir", "device", "cache", "data", "online_episodes", "eval_ever
 
 
 def differences(then, now, besides=MAY_CHANGE):
-    """What differs between two configs (dicts), which may be of different versions -> {name: both values}."""
+    """What differs between two configs (dicts), which may be of different versions -> {name: both
+    values}."""
     pairs = {name: tuple(repr(config[name]) if name in config else "nothing" for config in (then, now))
              for name in {**then, **now} if name not in besides}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def merit(cfg, reward):
-    """How good an episode's rewards (L,) are: their mean up to the time limit, as if it had kept its largest
-    reward from when it first had it -> that mean, and that step (counted from 0)."""
+def episode_score(cfg, reward):
+    """How good an episode's rewards (L,) are: their mean up to the time limit, as if it had kept
+    its largest reward from when it first had it -> that mean, and that step (counted from 0)."""
     peak = int(reward.argmax())
     kept = reward[:peak].sum() + max(1, cfg.episode_steps - peak) * reward[peak]
     return float(kept) / cfg.episode_steps, peak
 
 
-def leads_up(cfg, reward):
-    """Which actions (L,) of an episode with rewards (L,) the behaviour term imitates: those of stretches of at
-    most `imitate_ahead` steps at whose end the reward is higher than ever before in the episode (0: all).
+def progress_mask(cfg, reward):
+    """Which actions (L,) of an episode with rewards (L,) the behaviour term imitates: those of
+    stretches of at most `imitate_ahead` steps at whose end the reward is higher than ever before in
+    the episode (0: all).
 
-    DEPARTURE, for data that do more than the task asks: a detour, or what comes after the last object, is in
-    the model's and the critics' data, but not what the policy is held to. Source: imitation of the best
-    actions alone, Chen et al. 2020 (BAIL); there a fitted return says which.
+    DEPARTURE, for data that do more than the task asks: a detour, or what comes after the last
+    object, is in the model's and the critics' data, but not what the policy is held to. Source:
+    imitation of the best actions alone, Chen et al. 2020 (BAIL); there a fitted return says which.
     """
     if not cfg.imitate_ahead:
         return np.ones(len(reward), bool)
@@ -1759,7 +1822,8 @@ def leads_up(cfg, reward):
 
 
 class Run:
-    """One run: config, environment, agent, data, counters, metrics, and the checkpoint that holds them.
+    """One run: config, environment, agent, data, counters, metrics, and the checkpoint that holds
+    them.
 
     `acting`: only what acts is read, from agent.pt, and nothing in the folder is changed.
     """
@@ -1770,24 +1834,24 @@ class Run:
         self.previous_path = self.dir / "checkpoint.previous.pt"
         self.agent_path = self.dir / "agent.pt"
         self.state = {"updates": 0, "episodes": 0, "env_steps": 0, "seconds": {}, "scores": {}, "pending": []}
-        self.kept, self.board, started = None, None, time.perf_counter()
+        self.videos, self.board, started = None, None, time.perf_counter()
         checkpoint = None if acting else self.read_checkpoint()
         if checkpoint:
             self.compare_config(checkpoint["config"])
         elif not acting and (self.agent_path.exists() or (self.dir / "result.json").exists()):
-            raise Trouble(f"{self.dir} holds a run without its checkpoint: it cannot be continued; choose another "
-                          "--logdir")
+            raise UserError(f"{self.dir} holds a run without its checkpoint: it cannot be continued; "
+                            "choose another --logdir")
         self.env = make_env(cfg)
-        self.agent = make_learner(cfg, self.env.action_size, self.env.terminates, cfg.device,
+        self.agent = make_agent(cfg, self.env.action_size, self.env.terminates, cfg.device,
                                   compiling_pays(cfg))
-        self.player, self.playing = copy.deepcopy(self.agent.acting), None       # of the online episodes
+        self.player, self.playing = copy.deepcopy(self.agent.ema_policy), None       # of the online episodes
         self.rng = np.random.default_rng(cfg.seed)
         if acting:
             self.load_agent()
         if checkpoint:
             self.restore(checkpoint)
-        self.players = Players(cfg, self.env)
-        self.players.started()
+        self.workers = RolloutWorkers(cfg, self.env)
+        self.workers.started()
         self.clock("start", started)
 
     def clock(self, stage, started):
@@ -1795,17 +1859,17 @@ class Run:
         self.state["seconds"][stage] = self.state["seconds"].get(stage, 0) + time.perf_counter() - started
 
     def compare_config(self, then):
-        """Raise Trouble, field by field, where the checkpoint's config differs from today's."""
+        """Raise UserError, field by field, where the checkpoint's config differs from today's."""
         changed = [f"{name} ({there} there, {here} now)" for name, (there, here) in
                    differences(then, dataclasses.asdict(self.cfg)).items()]
         if changed:
-            raise Trouble(f"{self.dir} was made with another config: {'; '.join(changed)}; repeat its flags "
-                          "or choose another --logdir (what another version made goes on with the moto.py in "
-                          "that folder)")
+            raise UserError(f"{self.dir} was made with another config: {'; '.join(changed)}; repeat its flags "
+                            "or choose another --logdir (what another version made goes on with the moto.py in "
+                            "that folder)")
 
     def save(self):
-        """Write the checkpoint beside the old one, then rename both: at each instant one is whole. Then write
-        agent.pt: what acts, small."""
+        """Write the checkpoint beside the old one, then rename both: at each instant one is whole.
+        Then write agent.pt: what acts, small."""
         checkpoint = {"config": dataclasses.asdict(self.cfg), "agent": self.agent.state_dict(),
                       "player": self.player.state_dict() if self.cfg.lag else None,
                       "state": self.state, "torch_rng": torch.get_rng_state(),
@@ -1833,7 +1897,7 @@ class Run:
                 print(f"warning: {path} is damaged ({type(error).__name__}); trying the one before",
                       file=sys.stderr)
         if damaged:
-            raise Trouble(f"no checkpoint in {self.dir} can be read; choose another --logdir or remove it")
+            raise UserError(f"no checkpoint in {self.dir} can be read; choose another --logdir or remove it")
 
     def load_agent(self):
         """Set what acts from agent.pt."""
@@ -1842,11 +1906,11 @@ class Run:
             self.agent.load_acting(agent["modules"])
             self.state["updates"] = agent["updates"]
         except FileNotFoundError:
-            raise Trouble(f"{self.dir} has no agent.pt, which a run writes with its first checkpoint; train "
-                          f"one with: python moto.py --task {self.cfg.task}") from None
+            raise UserError(f"{self.dir} has no agent.pt, which a run writes with its first checkpoint; train "
+                            f"one with: python moto.py --task {self.cfg.task}") from None
         except Exception as error:                                   # pickle, zip, another version's weights
-            raise Trouble(f"{self.agent_path} cannot be used ({type(error).__name__}: {error}); it is damaged, "
-                          "or another version's: use the moto.py in that folder") from None
+            raise UserError(f"{self.agent_path} cannot be used ({type(error).__name__}: {error}); it is "
+                            "damaged, or another version's: use the moto.py in that folder") from None
 
     def restore(self, checkpoint):
         """Set everything to where the checkpoint left it."""
@@ -1860,11 +1924,12 @@ class Run:
             if self.agent.device.type == "cuda" and "cuda_rng" in checkpoint:
                 torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.agent.device)
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise Trouble(f"the checkpoint in {self.dir} does not fit this program ({error}); use the "
-                          "moto.py in that folder or choose another --logdir") from None
+            raise UserError(f"the checkpoint in {self.dir} does not fit this program ({error}); use the "
+                            "moto.py in that folder or choose another --logdir") from None
 
     def forget_later_metrics(self):
-        """Keep the lines of metrics.jsonl up to the checkpoint; none where a run ended before it had one."""
+        """Keep the lines of metrics.jsonl up to the checkpoint; none where a run ended before it
+        had one."""
         metrics, scored = self.dir / "metrics.jsonl", self.state["updates"] or self.state["scores"]
         if metrics.exists():
             rows = [row for row in read_metrics(metrics) if scored and row["updates"] <= self.state["updates"]]
@@ -1872,52 +1937,52 @@ class Run:
             write_atomically(metrics, lambda file: file.write(text.encode()))
 
     def open_data(self):
-        """Bring offline and, on resuming, online episodes into memory. Raises Trouble where they have no room,
-        and where the offline ones are not those that the run began with."""
+        """Bring offline and, on resuming, online episodes into memory. Raises UserError where they
+        have no room, and where the offline ones are not those that the run began with."""
         cfg, started, shape = self.cfg, time.perf_counter(), (self.cfg.image_size, self.env.action_size)
         most = max(cfg.online_episodes, self.state["episodes"])     # a smaller budget may come after a larger
         space = most * (cfg.episode_steps + 1)
         scripted = 0 if cfg.data else cfg.demos * (cfg.episode_steps + 1)
         check_memory(cfg, self.env.action_size, scripted + space)           # before they are made
-        episodes = [load_episode(path, *shape) for path in offline_paths(cfg, self.players)]
+        episodes = [load_episode(path, *shape) for path in offline_paths(cfg, self.workers)]
         if cfg.reward_head == "bernoulli" and not all(np.isin(e["reward"], (0, 1)).all() for e in episodes):
-            raise Trouble("a reward in the offline data is neither 0 nor 1; use --reward-head normal")
+            raise UserError("a reward in the offline data is neither 0 nor 1; use --reward-head normal")
         steps = sum(len(e["image"]) for e in episodes)
         if steps < cfg.length:
-            raise Trouble(f"the offline data has {steps} steps, fewer than one sequence; lower --length")
+            raise UserError(f"the offline data has {steps} steps, fewer than one sequence; lower --length")
         check_memory(cfg, self.env.action_size, steps + space)
         data = fingerprint(episodes)
         if self.state.setdefault("data", data) != data:
-            raise Trouble(f"the offline data is not what {self.dir} began with; give it the --data or --cache "
-                          "of then, or choose another --logdir")
+            raise UserError(f"the offline data is not what {self.dir} began with; give it the --data or "
+                            "--cache of then, or choose another --logdir")
         peak = max(episode["reward"].max() for episode in episodes)
         best = (e["reward"] for e in episodes if 0 < e["reward"].max() == peak)
-        self.good_enough = min((merit(cfg, reward)[0] for reward in best), default=math.inf)
+        self.demo_threshold = min((episode_score(cfg, reward)[0] for reward in best), default=math.inf)
         self.replay = Replay(steps + space, *shape, cfg.device)
         while episodes:                                              # each is held once, here or there
             episode = episodes.pop(0)
-            self.replay.add(episode, shown=leads_up(cfg, episode["reward"]))
+            self.replay.add(episode, is_demo=progress_mask(cfg, episode["reward"]))
         for index in range(self.state["episodes"]):
             self.add_online(index)
         self.clock("demonstrations", started)
 
     def add_online(self, index):
         """Bring a saved online episode into memory. DEPARTURE: one that is as good as the worst
-        demonstration with the largest reward also joins the offline data, and with it the behaviour prior,
-        up to `demo_tail` steps beyond its peak, as they do. (With slow successes the prior learns to hesitate
-        and to miss; what is less than was shown has nothing to teach it.)"""
+        demonstration with the largest reward also joins the offline data, and with it the behaviour
+        prior, up to `demo_tail` steps beyond its peak, as they do. (With slow successes the prior
+        learns to hesitate and to miss; what is less than was shown has nothing to teach it.)"""
         episode = load_episode(self.episode_path(index), self.cfg.image_size, self.env.action_size)
         start = self.replay.add(episode, False, "online")
-        worth, peak = merit(self.cfg, episode["reward"])
-        if self.cfg.imitate_success and worth >= self.good_enough:
-            self.replay.join(start, leads_up(self.cfg, episode["reward"][:peak + 1 + self.cfg.demo_tail]))
+        worth, peak = episode_score(self.cfg, episode["reward"])
+        if self.cfg.imitate_success and worth >= self.demo_threshold:
+            self.replay.join(start, progress_mask(self.cfg, episode["reward"][:peak + 1 + self.cfg.demo_tail]))
 
     def episode_path(self, index):
         return self.dir / "episodes" / f"{index:05d}.npz"
 
     def close(self):
         """End the players and the simulator."""
-        self.players.close()
+        self.workers.close()
         self.env.close()
 
     def describe(self):
@@ -1949,8 +2014,8 @@ class Run:
             with open(self.dir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise Trouble(f"cannot write {self.dir}/metrics.jsonl ({error}); free some disk space and repeat "
-                          "the command: it continues from the last checkpoint") from None
+            raise UserError(f"cannot write {self.dir}/metrics.jsonl ({error}); free some disk space and repeat "
+                            "the command: it continues from the last checkpoint") from None
         board, self.board = self.board, None                         # an error is told once
         with decorative("TensorBoard events"):
             for name, value in row.items() if board else ():
@@ -1959,13 +2024,14 @@ class Run:
             self.board = board
 
     def update(self, bar, stage):
-        """The one update of both phases: sample, learn, count, log, save, and stop here if asked."""
+        """The one update of both phases: sample, learn, count, log, save, and stop here if
+        asked."""
         cfg, started, n = self.cfg, time.perf_counter(), self.state["updates"] + 1
         try:
             metrics = self.agent.update(sample_batch(cfg, self.rng, self.replay))
         except FloatingPointError as error:
-            raise Trouble(f"{error} at update {n}; lower --model-lr, --actor-lr and --critic-lr or use "
-                          f"--precision float32: the last good checkpoint is kept, in {self.dir}") from None
+            raise UserError(f"{error} at update {n}; lower --model-lr, --actor-lr and --critic-lr or use "
+                            f"--precision float32: the last good checkpoint is kept, in {self.dir}") from None
         self.state["updates"] = n
         self.clock(stage, started)
         pending = self.state["pending"]
@@ -1984,7 +2050,7 @@ class Run:
         """Evaluate once under this name (a resumed run does not repeat it) and log the result."""
         if self.state["scores"].get(name, {}).get("episodes") != episodes:
             started = time.perf_counter()
-            result, self.kept = evaluate(self.cfg, self.players, self.agent, episodes)
+            result, self.videos = evaluate(self.cfg, self.workers, self.agent, episodes)
             self.clock("evaluation", started)
             self.state["scores"][name] = result
             self.log({"evaluation": name} | {f"evaluation/{key}": value for key, value in result.items()})
@@ -2012,7 +2078,8 @@ def pretrain(run):
 
 
 def finetune(run):
-    """Online: one episode with the sampled policy, then U updates on old and new data together; again.
+    """Online: one episode with the sampled policy, then U updates on old and new data together;
+    again.
 
     Ends with the final score, which is the offline score where there are no online episodes.
     """
@@ -2035,7 +2102,8 @@ def finetune(run):
 def rollout(cfg, env, policy, seed, sample=False):
     """One episode -> dict of image, action, reward, terminal as on disk, and success (at any step).
 
-    `sample`: latents and actions are drawn, from a generator of the episode's own; else the means act.
+    `sample`: latents and actions are drawn, from a generator of the episode's own; else the means
+    act.
     """
     own = int(np.random.SeedSequence(seed).generate_state(1)[0])
     generator = torch.Generator().manual_seed(own) if sample else None
@@ -2052,23 +2120,25 @@ def rollout(cfg, env, policy, seed, sample=False):
     return episode
 
 
-class Players:
+class RolloutWorkers:
     """Processes that play episodes, each with a simulator and a policy of its own, on one CPU core.
 
-    Simulation and software rendering use one core; with several players evaluation uses all of them, and an
-    episode can be played while the learner learns. With one worker all is played here, in this process.
+    Simulation and software rendering use one core; with several players evaluation uses all of
+    them, and an episode can be played while the learner learns. With one worker all is played here,
+    in this process.
     """
 
     def __init__(self, cfg, env):
         self.cfg, self.env, self.pool = cfg, env, None
         if cfg.workers > 1:
             context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(cfg.workers, context, become_a_player, (cfg,))
+            self.pool = ProcessPoolExecutor(cfg.workers, context, init_worker, (cfg,))
             for _ in range(cfg.workers):                             # start them now: it takes seconds
                 self.pool.submit(os.getpid)
 
     def play(self, policy, seeds, sample):
-        """Begin a `rollout` per seed with the policy's present weights; returns their results, lazily.
+        """Begin a `rollout` per seed with the policy's present weights; returns their results,
+        lazily.
 
         Without processes they are played when asked for: the policy must not change before that.
         """
@@ -2081,7 +2151,8 @@ class Players:
         return (self.result(future) for future in futures)
 
     def each(self, function, items):
-        """function(cfg, env, item) for each item, in order: in the processes, or here when asked for."""
+        """function(cfg, env, item) for each item, in order: in the processes, or here when asked
+        for."""
         if self.pool is None:
             return (function(self.cfg, self.env, item) for item in items)
         with self.alive():
@@ -2094,27 +2165,28 @@ class Players:
 
     @contextlib.contextmanager
     def alive(self):
-        """Raises EpisodeTrouble where a process has died."""
+        """Raises EpisodeError where a process has died."""
         try:
             yield
         except BrokenExecutor:
-            raise EpisodeTrouble("a process that plays episodes died (out of memory?); repeat the command with "
+            raise EpisodeError("a process that plays episodes died (out of memory?); repeat the command with "
                                  "--workers 1: it continues from the last checkpoint") from None
 
     def started(self):
-        """Wait until a process is there. Raises Trouble where they cannot start, before anything is trained."""
+        """Wait until a process is there. Raises UserError where they cannot start, before anything
+        is trained."""
         try:
             return self.pool and self.pool.submit(os.getpid).result()
         except BrokenExecutor:
-            raise Trouble("the processes that play episodes do not start; each imports the script that called "
-                          "moto.main, where that call needs `if __name__ == \"__main__\":` above it; or use "
-                          "--workers 1") from None
+            raise UserError("the processes that play episodes do not start; each imports the script that "
+                            "called moto.main, where that call needs `if __name__ == \"__main__\":` above "
+                            "it; or use --workers 1") from None
 
     def peak_memory_gb(self):
         """Of the processes together: one's, times their number; None where it cannot be had."""
         if self.pool is None:
             return 0.0
-        with contextlib.suppress(Trouble):
+        with contextlib.suppress(UserError):
             one = self.result(self.pool.submit(peak_memory_gb))
             return one and self.cfg.workers * one
 
@@ -2123,48 +2195,49 @@ class Players:
             self.pool.shutdown(cancel_futures=True)
 
 
-player = {}                                                # in a player's process: cfg, and then env, policy
+worker = {}                          # in a rollout worker's process: cfg, and then env and policy
 
 
-def become_a_player(cfg):
-    """The start of a player's process. It ends with its parent, even where that was killed."""
+def init_worker(cfg):
+    """The start of a rollout worker's process. It ends with its parent, even where that was
+    killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)                     # Ctrl-C is the parent's to handle
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
-    player["cfg"] = cfg
+    worker["cfg"] = cfg
     try:
         env = make_env(cfg)
-    except Trouble as trouble:                                       # a task that only the parent knows
+    except UserError as trouble:                                       # a task that only the parent knows
         print(f"moto: in a process that plays episodes: {trouble}", file=sys.stderr, flush=True)
         os._exit(2)
-    agent = make_learner(dataclasses.replace(cfg, device="cpu"), env.action_size, env.terminates, "cpu")
-    player.update(env=env, policy=agent.acting)
+    agent = make_agent(dataclasses.replace(cfg, device="cpu"), env.action_size, env.terminates, "cpu")
+    worker.update(env=env, policy=agent.ema_policy)
 
 
 def play_here(weights, seed, sample):
-    policy = player["policy"]
+    policy = worker["policy"]
     policy.load_state_dict(policy.state_dict() | {name: torch.from_numpy(v) for name, v in weights.items()})
-    return rollout(player["cfg"], player["env"], player["policy"], seed, sample)
+    return rollout(worker["cfg"], worker["env"], worker["policy"], seed, sample)
 
 
 def call_here(function, item):
-    return function(player["cfg"], player["env"], item)
+    return function(worker["cfg"], worker["env"], item)
 
 
 def collect_online(run):
     """Add one sampled episode to the replay; with cfg.lag, begin the next one at once.
 
-    DEPARTURE where lag is 1: an episode is played while the U updates before it run, hence by the policy as
-    it was before them. Its weights (`run.player`) are part of the checkpoint, so that an episode cut short is
-    repeated exactly.
+    DEPARTURE where lag is 1: an episode is played while the U updates before it run, hence by the
+    policy as it was before them. Its weights (`run.player`) are part of the checkpoint, so that an
+    episode cut short is repeated exactly.
     """
     cfg, state, started, index = run.cfg, run.state, time.perf_counter(), run.state["episodes"]
 
     def begin(index):
-        run.playing = run.players.play(run.player, [episode_seed(cfg, "online", index)], sample=True)
+        run.playing = run.workers.play(run.player, [episode_seed(cfg, "online", index)], sample=True)
     if not (cfg.lag and index):                                      # else it was chosen U updates ago
-        run.player.load_state_dict(run.agent.acting.state_dict())
+        run.player.load_state_dict(run.agent.ema_policy.state_dict())
     if run.playing is None:
         begin(index)
     episode = next(run.playing)
@@ -2174,44 +2247,45 @@ def collect_online(run):
     state["episodes"] += 1
     state["env_steps"] += len(episode["action"])
     if cfg.lag:
-        run.player.load_state_dict(run.agent.acting.state_dict())
+        run.player.load_state_dict(run.agent.ema_policy.state_dict())
         if index + 1 < cfg.online_episodes:
             begin(index + 1)
     run.clock("acting", started)
     run.log({"episode": index, "episode/success": float(success), "episode/return": sum(episode["reward"])})
 
 
-def evaluate(cfg, players, agent, episodes, first=0):
+def evaluate(cfg, workers, agent, episodes, first=0):
     """Fresh episodes from the evaluation stream -> (result, the first four episodes).
 
     Means act: they are more exact. Where a policy that missed a grasp stands still for ever, as on
     bin-picking, cfg.eval_sample lets it try again elsewhere.
 
-    result: `success`, the share of episodes with any successful step; `return`, the discounted sum of rewards
-    up to the time limit; `continued`, the same as if the last reward went on for ever; and `promise`, what the
-    critics, who know no time limit, expected of that at the first image (the penalty taken off), all three in
-    units of 1 / (1 - gamma); `episodes`; for Franka Kitchen also `completed`, the mean over episodes of the
-    most objects in place at once, and `counts`, how many episodes had 0, 1, ... 4.
+    result: `success`, the share of episodes with any successful step; `return`, the discounted sum
+    of rewards up to the time limit; `infinite_horizon_return`, the same as if the last reward went
+    on for ever; and `value_estimate`, what the critics, who know no time limit, expected of that at
+    the first image (the penalty taken off), all three in units of 1 / (1 - gamma); `episodes`; for
+    Franka Kitchen also `completed`, the mean over episodes of the most objects in place at once,
+    and `counts`, how many episodes had 0, 1, ... 4.
     """
-    rows, promises, kept, most = [], [], [], []
+    rows, values, videos, most = [], [], [], []
     seeds = [episode_seed(cfg, "evaluation", first + index) for index in range(episodes)]
-    played = players.play(agent.acting, seeds, sample=cfg.eval_sample)
+    played = workers.play(agent.ema_policy, seeds, sample=cfg.eval_sample)
     for episode in tqdm(played, total=episodes, desc="evaluation", leave=False):
         rewards, gamma = episode["reward"], cfg.gamma
         discounted = (1 - gamma) * sum(gamma ** t * r for t, r in enumerate(rewards))
         beyond = 0.0 if episode["terminal"] else gamma ** len(rewards) * rewards[-1]
         rows.append((episode["success"], discounted, discounted + beyond))
         most.append(int(max(episode["reward"])))
-        promise = agent.promise(episode["image"][0]) if agent.promise else None
-        promises += [promise] if promise is not None else []
-        kept = (kept + [episode])[:4]
+        value = agent.value_estimate(episode["image"][0]) if agent.value_estimate else None
+        values += [value] if value is not None else []
+        videos = (videos + [episode])[:4]
         exit_if_asked()
-    result = dict(zip(("success", "return", "continued"), np.mean(rows, 0).tolist()))
-    if promises:
-        result["promise"] = float(np.mean(promises))
+    result = dict(zip(("success", "return", "infinite_horizon_return"), np.mean(rows, 0).tolist()))
+    if values:
+        result["value_estimate"] = float(np.mean(values))
     if cfg.task in Kitchen.tasks:
         result |= {"completed": float(np.mean(most)), "counts": np.bincount(most, minlength=5).tolist()}
-    return result | {"episodes": episodes}, kept
+    return result | {"episodes": episodes}, videos
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2233,30 +2307,33 @@ def to_uint8(x):
 
 
 def as_sequence(agent, episode):
-    """An episode as one sequence for WorldModel.observe: x (1, T, 3, P, P), a (1, T, A), first (1, T)."""
+    """An episode as one sequence for WorldModel.observe: x (1, T, 3, P, P), a (1, T, A), is_first
+    (1, T)."""
     image = torch.as_tensor(np.stack(episode["image"]), device=agent.device)
     a = np.stack([np.zeros_like(episode["action"][0]), *episode["action"]])
-    first = torch.arange(len(image), device=agent.device)[None] == 0
-    return to_image(image)[None], torch.as_tensor(a, device=agent.device)[None], first
+    is_first = torch.arange(len(image), device=agent.device)[None] == 0
+    return to_image(image)[None], torch.as_tensor(a, device=agent.device)[None], is_first
 
 
 @torch.no_grad()
 def open_loop(agent, episode, seen, steps):
     """Filter the first `seen` images, then predict `steps` more from the actions alone.
 
-    Returns truth and model's images, uint8 (T, P, P, 3), disagreement u (T,) in units of its mean on the data
-    (zero where images are seen) and predicted reward (T,). In each step z is the mean of the K means.
+    Returns truth and model's images, uint8 (T, P, P, 3), disagreement u (T,) in units of its mean
+    on the data (zero where images are seen) and predicted reward (T,). In each step z is the mean
+    of the K means.
     """
-    model, (x, a, first) = agent.model, as_sequence(agent, episode)
+    model, (x, a, is_first) = agent.model, as_sequence(agent, episode)
     T = min(seen + steps, x.shape[1])
-    h, z, *_ = (v[0] for v in model.observe(x[:, :seen], a[:, :seen], first[:, :seen]))
+    h, z, *_ = (v[0] for v in model.observe(x[:, :seen], a[:, :seen], is_first[:, :seen]))
     feats, u = [torch.cat([h, z], -1)], [torch.zeros(seen)]
     h, z = h[-1:], z[-1:]
     for t in range(seen, T):
         h = model.recurrence(h, z, a[:, t])
         means, _ = model.prior(h)
         z = means.mean(0)
-        feats.append(torch.cat([h, z], -1)), u.append((disagreement(means) / (model.typical_u or 1)).cpu())
+        feats.append(torch.cat([h, z], -1))
+        u.append((disagreement(means) / (model.disagreement_mean or 1)).cpu())
     feats = torch.cat(feats)
     reward = model.expected_reward(feats).cpu().numpy()
     return to_uint8(x[0, :T]), to_uint8(model.decoder(feats)), torch.cat(u).numpy(), reward
@@ -2307,8 +2384,8 @@ def draw_prediction(agent, episode, path, steps=44, every=4):
 
 @torch.no_grad()
 def write_gif(agent, episodes, path, fps=15):
-    """eval.gif: episodes side by side, above the model's reconstructions (where there is a model) from the
-    filtered latents.
+    """eval.gif: episodes side by side, above the model's reconstructions (where there is a model)
+    from the filtered latents.
 
     Shown until 20 steps after the last of them first earns its largest reward.
     """
@@ -2317,7 +2394,7 @@ def write_gif(agent, episodes, path, fps=15):
     columns = []
     for episode in episodes:
         columns.append(np.stack(episode["image"]))
-        if isinstance(agent, Agent):
+        if isinstance(agent, MOTO):
             h, z, *_ = agent.model.observe(*as_sequence(agent, episode))
             model = agent.model.decoder(torch.cat([h, z], -1)[0])
             columns[-1] = np.concatenate([columns[-1], to_uint8(model)], 1)
@@ -2333,7 +2410,8 @@ def running_mean(values, width=10):
 
 
 def draw_curve(cfg, rows, path):
-    """curve.png of one run: success, what the agent hopes for against what it gets, and the losses."""
+    """curve.png of one run: success, what the agent hopes for against what it gets, and the
+    losses."""
     def column(name):
         return np.array([(row["updates"], row[name]) for row in rows if name in row]).reshape(-1, 2).T
     fig, axes = figure(11, 7, 2, 2, sharex=True)
@@ -2347,8 +2425,8 @@ def draw_curve(cfg, rows, path):
     success.set(ylabel="success rate", ylim=(-0.03, 1.03))
     value.plot(*column("evaluation/return"), "o-", color="tab:blue", label="real return from the start")
     for name, style, color, label in (
-            ("evaluation/continued", "o--", "tab:blue", "the same, its last reward going on"),
-            ("evaluation/promise", "s--", "tab:red", "what the critics promised"),
+            ("evaluation/infinite_horizon_return", "o--", "tab:blue", "the same, its last reward going on"),
+            ("evaluation/value_estimate", "s--", "tab:red", "what the critics promised"),
             ("actor/value", "-", "tab:purple", "value of the data's states, V"),
             ("imagined/reward", "-", "tab:green", "imagined reward per step")):
         if column(name).size:
@@ -2373,10 +2451,10 @@ def draw_curve(cfg, rows, path):
 
 
 def read_run(logdir):
-    """A run folder -> its config and, by online episode (0: the end of the offline phase), its evaluations:
-    none where it has only begun.
+    """A run folder -> its config and, by online episode (0: the end of the offline phase), its
+    evaluations: none where it has only begun.
 
-    Raises Trouble on a folder that is no run.
+    Raises UserError on a folder that is no run.
     """
     try:
         config = json.loads((Path(logdir) / "config.json").read_text())["config"]
@@ -2386,18 +2464,21 @@ def read_run(logdir):
         config["task"], config["variant"], config["seed"], config["online_episodes"]
         return config, {(row["updates"] - start) // each: row for row in rows if row["updates"] >= start}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Trouble(f"{logdir} is no run folder ({error}); --plot takes folders that training has made") from None
+        raise UserError(f"{logdir} is no run folder ({error}); --plot takes folders that training has "
+                        "made") from None
 
 
 def solved(row):
-    """What an evaluation is judged by: the share of successful episodes; in Franka Kitchen, of objects."""
+    """What an evaluation is judged by: the share of successful episodes; in Franka Kitchen, of
+    objects."""
     return row["evaluation/completed"] / 4 if "evaluation/completed" in row else row["evaluation/success"]
 
 
 def interval(rows, draws=10_000):
-    """95 % interval of the mean of `solved` over seeds, from the evaluations `rows` (one a seed): seeds are
-    drawn with replacement, and each one's share of episodes with each outcome (failure or success; in Franka
-    Kitchen 0 to 4 objects) from what its episodes leave open: a Dirichlet, whose prior weighs one episode."""
+    """95 % interval of the mean of `solved` over seeds, from the evaluations `rows` (one a seed):
+    seeds are drawn with replacement, and each one's share of episodes with each outcome (failure or
+    success; in Franka Kitchen 0 to 4 objects) from what its episodes leave open: a Dirichlet, whose
+    prior weighs one episode."""
     rng, means = np.random.default_rng(0), []
     for row in rows:
         n, k = row["evaluation/episodes"], row["evaluation/success"] * row["evaluation/episodes"]
@@ -2409,7 +2490,8 @@ def interval(rows, draws=10_000):
 
 
 def draw_groups(path, tasks, ylabel, value, **limits):
-    """A panel per task, a line per group of runs: mean and range over seeds of value(evaluation row)."""
+    """A panel per task, a line per group of runs: mean and range over seeds of value(evaluation
+    row)."""
     columns, colors, handles = min(5, len(tasks)), {}, {}
     fig, axes = figure(4.4 * columns, 3.6 * math.ceil(len(tasks) / columns), math.ceil(len(tasks) / columns),
                        columns, squeeze=False, sharey=True)
@@ -2467,17 +2549,18 @@ def group_label(config, others):
 
 
 def plot(logdirs):
-    """--plot: curves.png (success over online episodes), gap.png (how much more the critics promised than
-    came true, on tasks with several variants) into the folder of the runs; prints a table of the scores.
+    """--plot: curves.png (success over online episodes), gap.png (how much more the critics
+    promised than came true, on tasks with several variants) into the folder of the runs; prints a
+    table of the scores.
 
-    A panel per task, a line per configuration, mean and range over seeds. A folder counts once; runs that have no
-    score yet are left out, and named.
+    A panel per task, a line per configuration, mean and range over seeds. A folder counts once;
+    runs that have no score yet are left out, and named.
     """
     logdirs = list(dict.fromkeys(Path(logdir).resolve() for logdir in logdirs))
     runs = {logdir: read_run(logdir) for logdir in logdirs}
     begun = [str(logdir) for logdir, (_, rows) in runs.items() if not rows]
     if len(begun) == len(runs):
-        raise Trouble(f"no score yet in {', '.join(begun)}; plot them after their offline phase")
+        raise UserError(f"no score yet in {', '.join(begun)}; plot them after their offline phase")
     if begun:
         print(f"left out, without a score yet: {', '.join(begun)}", file=sys.stderr)
     tasks = grouped([run for run in runs.values() if run[1]])
@@ -2485,8 +2568,9 @@ def plot(logdirs):
     ylabel = "success rate" + " (kitchen: objects in place / 4)" * any(task in Kitchen.tasks for task in tasks)
     draw_groups(folder / "curves.png", tasks, ylabel, solved, ylim=(-0.03, 1.03))
     def gap(row):
-        if "evaluation/promise" in row:
-            return row["evaluation/promise"] - row.get("evaluation/continued", row["evaluation/return"])
+        if "evaluation/value_estimate" in row:
+            real = row.get("evaluation/infinite_horizon_return", row["evaluation/return"])
+            return row["evaluation/value_estimate"] - real
     compared = {task: groups for task, groups in tasks.items() if len(groups.keys() - {"bc"}) > 1} or tasks
     draw_groups(folder / "gap.png", compared, "promised minus real return\n(units of 1 / (1 - gamma))", gap)
     print("| task | runs | seeds | offline | at 100 | at 200 | final | 95 % interval | episodes |")
@@ -2522,7 +2606,8 @@ def finished(cfg):
 
 
 def sweep_run(argv, log, threads):
-    """One run in a process of its own, its output in the file `log`; it saves and stops with its parent."""
+    """One run in a process of its own, its output in the file `log`; it saves and stops with its
+    parent."""
     with contextlib.suppress(AttributeError):
         os.setsid()                                                  # Ctrl-C is the sweep's to pass on
     with open(log, "ab", 0) as file:
@@ -2537,7 +2622,8 @@ def sweep_run(argv, log, threads):
 
 
 class Process:
-    """A run on this machine, with the methods of a submitit job that the sweep uses: done, result, cancel."""
+    """A run on this machine, with the methods of a submitit job that the sweep uses: done, result,
+    cancel."""
 
     def __init__(self, *args):
         self.process = multiprocessing.get_context("spawn").Process(target=sweep_run, args=args)
@@ -2557,10 +2643,11 @@ class Process:
 
 
 def submitted(argv, log, threads, cluster):
-    """A run as a submitit job: on Slurm, or (`local`) as Slurm would run it, on this machine. Partition,
-    account, time limit and so on are set by sbatch's own variables (SBATCH_PARTITION, ...)."""
+    """A run as a submitit job: on Slurm, or (`local`) as Slurm would run it, on this machine.
+    Partition, account, time limit and so on are set by sbatch's own variables (SBATCH_PARTITION,
+    ...)."""
     if importlib.util.find_spec("submitit") is None:
-        raise Trouble(f"--executor {cluster} needs submitit; pip install submitit")
+        raise UserError(f"--executor {cluster} needs submitit; pip install submitit")
     import submitit
     executor = submitit.AutoExecutor(folder=Path(log).parent / "submitit", cluster=cluster)
     executor.update_parameters(name="moto", timeout_min=24 * 60, cpus_per_task=threads,
@@ -2570,20 +2657,21 @@ def submitted(argv, log, threads, cluster):
 
 
 def sweep(given, commands):
-    """--sweep: one run per task, variant and seed, `--jobs` of them at a time; the finished ones are skipped.
+    """--sweep: one run per task, variant and seed, `--jobs` of them at a time; the finished ones
+    are skipped.
 
-    given: the explicit flags, which all runs share, except that a variant keeps the numbers that make it what
-    it is (VARIANTS); commands: tasks, variants, seeds, jobs, executor. Runs live in
-    `<--logdir, or runs>/<task>-<variant>-seed<n>`, their output in log.txt there. The same command continues
-    a sweep that was stopped. Raises Trouble, at the end, naming the runs that failed.
+    given: the explicit flags, which all runs share, except that a variant keeps the numbers that
+    make it what it is (VARIANTS); commands: tasks, variants, seeds, jobs, executor. Runs live in
+    `<--logdir, or runs>/<task>-<variant>-seed<n>`, their output in log.txt there. The same command
+    continues a sweep that was stopped. Raises UserError, at the end, naming the runs that failed.
     """
     root, jobs = given.pop("logdir", "runs"), commands.get("jobs", 1)
     executor, known = commands.get("executor", "process"), ("process", "slurm", "local")
     if executor not in known or jobs < 1:
-        raise Trouble(f"--executor is one of {', '.join(known)}, and --jobs at least 1")
+        raise UserError(f"--executor is one of {', '.join(known)}, and --jobs at least 1")
     for one, many in (("task", "tasks"), ("variant", "variants"), ("seed", "seeds")):
         if one in given and many in commands:
-            raise Trouble(f"--{one} and --{many} are both there; give one of them")
+            raise UserError(f"--{one} and --{many} are both there; give one of them")
     each = {many: list(dict.fromkeys(commands.get(many, [given.pop(one, default)])))
             for one, many, default in (("task", "tasks", "drawer-open"), ("variant", "variants", "moto"),
                                        ("seed", "seeds", 0))}
@@ -2629,7 +2717,7 @@ def sweep(given, commands):
             for job, _ in running.values():
                 job.cancel()
     if failed:
-        raise Trouble(f"{len(failed)} of {total} runs failed: {'; '.join(failed)}")
+        raise UserError(f"{len(failed)} of {total} runs failed: {'; '.join(failed)}")
 
 
 def flags(values):
@@ -2642,7 +2730,8 @@ def flags(values):
 
 
 def last_words(log):
-    """The last line that the program itself wrote in a log: the sentence of a Trouble, as a rule."""
+    """The last line that the program itself wrote in a log: the sentence of a UserError, as a
+    rule."""
     with contextlib.suppress(OSError):
         lines = log.read_text(errors="replace").splitlines()
         words = next((line[6:] for line in reversed(lines) if line.startswith("moto: ")), "")
@@ -2659,8 +2748,8 @@ USES = {"evaluate": {"episodes"}, "plot": set(),               # which flags go 
 
 
 def parse(argv):
-    """Flags -> (Config, dict of the other commands, dict of the config's explicit flags). Later wins:
-    defaults, preset, task, variant, flags."""
+    """Flags -> (Config, dict of the other commands, dict of the config's explicit flags). Later
+    wins: defaults, preset, task, variant, flags."""
     presets = "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in changes.items())}"
                         for name, changes in PRESETS.items() if changes)
     parser = argparse.ArgumentParser(
@@ -2691,30 +2780,32 @@ def parse(argv):
     check_use(given)
     commands = {name: given.pop(name) for name in [*given] if name not in CONFIG}
     if commands.get("episodes", 1) < 1:
-        raise Trouble(f"--episodes is {commands['episodes']} but must be at least 1")
+        raise UserError(f"--episodes is {commands['episodes']} but must be at least 1")
     return build_config(**given), commands, given
 
 
 def check_use(given):
-    """Raise Trouble on a flag that the command does not use: it would be ignored without a word."""
+    """Raise UserError on a flag that the command does not use: it would be ignored without a
+    word."""
     command, *others = [name for name in USES if name in given] or [""]
     if others:
-        raise Trouble(f"--{command} and --{others[0]} are two commands; give one of them")
+        raise UserError(f"--{command} and --{others[0]} are two commands; give one of them")
     for name in sorted(given.keys() - USES[command] - {command}):
         users = [f"--{user}" if user else "training" for user, flags in USES.items() if name in flags]
-        raise Trouble(f"--{name.replace('_', '-')} is not used by {f'--{command}' if command else 'training'}, "
-                      f"only by {', '.join(users)}; leave it out")
+        by = f"--{command}" if command else "training"
+        raise UserError(f"--{name.replace('_', '-')} is not used by {by}, only by {', '.join(users)}; "
+                        "leave it out")
 
 
 def build_config(**given):
-    """Config: explicit values over the variant's over the task's over the preset's over the defaults.
-    Raises Trouble."""
+    """Config: explicit values over the variant's over the task's over the preset's over the
+    defaults. Raises UserError."""
     if given.get("variant") in BASELINES and given["variant"] not in VARIANTS:
-        raise Trouble(f"the variant {given['variant']} lives in experiments/baselines.py; repeat "
-                      "the command with python experiments/baselines.py in place of python moto.py")
+        raise UserError(f"the variant {given['variant']} lives in experiments/baselines.py; repeat "
+                        "the command with python experiments/baselines.py in place of python moto.py")
     for name, known in (("preset", [*PRESETS, "auto"]), ("variant", [*VARIANTS])):
         if given.setdefault(name, known[-1] if name == "preset" else known[0]) not in known:
-            raise Trouble(f"unknown {name} {given[name]!r}; {nearest(given[name], known)}")
+            raise UserError(f"unknown {name} {given[name]!r}; {nearest(given[name], known)}")
     if given.get("device", "auto") == "auto":
         given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if given["preset"] == "auto":
@@ -2737,21 +2828,21 @@ def medians(calls, repeat, device):
     """Time each of a dict of calls `repeat` times, taking turns, so that a busy moment of the
     machine hits all of them alike -> dict of the median seconds."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    taken = {name: [] for name in calls}
+    timings = {name: [] for name in calls}
     for _ in range(repeat):
         for name, call in calls.items():
             wait()
             started = time.perf_counter()
             call()
             wait()
-            taken[name].append(time.perf_counter() - started)
-    return {name: float(np.median(values)) for name, values in taken.items()}
+            timings[name].append(time.perf_counter() - started)
+    return {name: float(np.median(values)) for name, values in timings.items()}
 
 
 @functools.cache
 def bfloat16_pays():
-    """Whether this processor multiplies matrices clearly faster in bfloat16 than in float32, by a trial of a
-    fifth of a second: some have the instructions and are slower with them."""
+    """Whether this processor multiplies matrices clearly faster in bfloat16 than in float32, by a
+    trial of a fifth of a second: some have the instructions and are slower with them."""
     squares = [torch.ones(512, 512).to(kind) for kind in (torch.bfloat16, torch.float32)]
     calls = {n: (lambda m: lambda: m @ m)(m) for n, m in enumerate(squares)}
     medians(calls, 2, "cpu")
@@ -2783,8 +2874,9 @@ def compiling_pays(cfg):
 
 
 def reuse_memory():
-    """Have glibc keep freed memory for the next update, which needs the same amount again: to hand it back to
-    the system and fetch it anew costs thousands of page faults an update. Elsewhere this does nothing."""
+    """Have glibc keep freed memory for the next update, which needs the same amount again: to hand
+    it back to the system and fetch it anew costs thousands of page faults an update. Elsewhere this
+    does nothing."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         glibc = ctypes.CDLL("libc.so.6")
         for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):
@@ -2792,13 +2884,15 @@ def reuse_memory():
 
 
 def within(value, interval):
-    """Whether a number lies in an interval such as "[0, 1)": bounds in square brackets belong to it."""
+    """Whether a number lies in an interval such as "[0, 1)": bounds in square brackets belong to
+    it."""
     low, high = map(float, interval[1:-1].split(","))
-    return low < value < high or (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
+    bounds = [low] * (interval[0] == "[") + [high] * (interval[-1] == "]")
+    return low < value < high or value in bounds
 
 
 def check_config(cfg):
-    """Raise Trouble on a value that cannot work, naming the flag."""
+    """Raise UserError on a value that cannot work, naming the flag."""
     rules = [(f.name, within(getattr(cfg, f.name), f.metadata["allowed"]), f"in {f.metadata['allowed']}")
              for f in dataclasses.fields(cfg) if f.metadata["allowed"]]
     rules += [("frames", cfg.frames < cfg.length, "smaller than --length"),
@@ -2807,13 +2901,13 @@ def check_config(cfg):
               ("reward_head", cfg.reward_head in ("bernoulli", "normal"), "auto, bernoulli or normal")]
     for name, fine, rule in rules:
         if not fine:
-            raise Trouble(f"--{name.replace('_', '-')} is {getattr(cfg, name)!r} but must be {rule}")
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)!r} but must be {rule}")
     kind, _, index = cfg.device.partition(":")
     if kind not in ("cpu", "cuda") or kind == "cpu" and index or not (index or "0").isdigit():
-        raise Trouble(f"--device {cfg.device} is none that this program knows; use cpu, cuda or cuda:1")
+        raise UserError(f"--device {cfg.device} is none that this program knows; use cpu, cuda or cuda:1")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise Trouble(f"--device {cfg.device}: torch sees {torch.cuda.device_count() or 'no'} GPU; use --device cpu "
-                      "or a CUDA build of torch")
+        raise UserError(f"--device {cfg.device}: torch sees {torch.cuda.device_count() or 'no'} GPU; use "
+                        "--device cpu or a CUDA build of torch")
 
 
 def train(cfg):
@@ -2830,7 +2924,7 @@ def train(cfg):
             try:
                 pretrain(run)
                 finetune(run)
-            except (Stopped, EpisodeTrouble):
+            except (Stopped, EpisodeError):
                 run.save()
                 raise
             finish(run)
@@ -2854,20 +2948,22 @@ def announce(run):
 
 
 def lock(folder):
-    """An open file that keeps other processes from training in this folder, which is made if need be: before
-    anything else in it is touched. Raises Trouble where one does, and where the folder cannot be written to."""
+    """An open file that keeps other processes from training in this folder, which is made if need
+    be: before anything else in it is touched. Raises UserError where one does, and where the folder
+    cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a")
     except OSError as error:
-        raise Trouble(f"cannot write to {folder} ({error}); choose a --logdir that can be written to") from None
+        raise UserError(f"cannot write to {folder} ({error}); choose a --logdir that can be written "
+                        "to") from None
     with contextlib.suppress(ImportError):                         # Windows
         import fcntl
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Trouble(f"another process is training in {folder}; wait for it, or choose another "
-                          "--logdir") from None
+            raise UserError(f"another process is training in {folder}; wait for it, or choose another "
+                            "--logdir") from None
         except OSError as error:                                   # a network's file system, as a rule
             print(f"note: {folder} cannot be locked ({error}): see to it that one process trains there",
                   file=sys.stderr)
@@ -2879,7 +2975,7 @@ def finish(run):
     cfg = run.cfg
     offline, final = run.state["scores"]["offline"], run.state["scores"]["final"]
     seconds = {stage: round(value, 1) for stage, value in run.state["seconds"].items()}
-    peaks = [peak_memory_gb(), run.players.peak_memory_gb()]
+    peaks = [peak_memory_gb(), run.workers.peak_memory_gb()]
     write_json(run.dir / "result.json", {
         "task": cfg.task, "variant": cfg.variant, "seed": cfg.seed, "preset": cfg.preset,
         "offline_success": offline["success"], "final_success": final["success"],
@@ -2896,13 +2992,13 @@ def finish(run):
     with decorative("curve.png"):
         draw_curve(cfg, read_metrics(run.dir / "metrics.jsonl"), run.dir / "curve.png")
     with decorative("pictures of episodes"):
-        if run.kept is None:                                         # resumed after the last evaluation
-            _, run.kept = evaluate(cfg, run.players, run.agent, min(4, cfg.final_episodes))
-        write_gif(run.agent, run.kept, run.dir / "eval.gif")
-        if isinstance(run.agent, Agent):
-            shown = max(run.kept, key=lambda episode: episode["success"])    # the first success, else the first
+        if run.videos is None:                                         # resumed after the last evaluation
+            _, run.videos = evaluate(cfg, run.workers, run.agent, min(4, cfg.final_episodes))
+        write_gif(run.agent, run.videos, run.dir / "eval.gif")
+        if isinstance(run.agent, MOTO):
+            shown = max(run.videos, key=lambda episode: episode["success"])      # the first, if any
             draw_prediction(run.agent, shown, run.dir / "prediction.png")
-    if isinstance(run.agent, Agent) and cfg.task in Kitchen.tasks:
+    if isinstance(run.agent, MOTO) and cfg.task in Kitchen.tasks:
         with decorative("combination.png"):
             draw_combination(cfg, run.env, run.agent, run.dir / "combination.png")
 
@@ -2924,7 +3020,8 @@ def gpu_memory_gb(device):
 
 
 def peak_memory_gb():
-    """The largest resident memory this process ever had, in GiB; None on Windows, which does not tell."""
+    """The largest resident memory this process ever had, in GiB; None on Windows, which does not
+    tell."""
     with contextlib.suppress(ImportError):
         import resource
         unit = 2 ** 20 if sys.platform.startswith("linux") else 2 ** 30
@@ -2932,32 +3029,35 @@ def peak_memory_gb():
 
 
 def open_run(logdir):
-    """The run in a folder that has config.json and agent.pt, with what acts alone, on this machine. Raises
-    Trouble."""
+    """The run in a folder that has config.json and agent.pt, with what acts alone, on this machine.
+    Raises UserError."""
     logdir = os.path.expanduser(logdir)
     try:
         config = json.loads((Path(logdir) / "config.json").read_text())["config"]
         if config.keys() != CONFIG:
-            raise Trouble(f"{logdir} was made by another version of this program, whose config has not the same "
-                          f"fields ({', '.join(sorted(config.keys() ^ CONFIG))}); use the moto.py in that folder")
-        cfg = build_config(**config | {"logdir": logdir, "device": "auto", "workers": min(config["workers"], cores())})
+            raise UserError(f"{logdir} was made by another version of this program, whose config has not "
+                            f"the same fields ({', '.join(sorted(config.keys() ^ CONFIG))}); use the "
+                            "moto.py in that folder")
+        here = {"logdir": logdir, "device": "auto", "workers": min(config["workers"], cores())}
+        cfg = build_config(**config | here)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Trouble(f"{logdir} is no run folder ({error}); --evaluate takes a run's --logdir") from None
+        raise UserError(f"{logdir} is no run folder ({error}); --evaluate takes a run's --logdir") from None
     return Run(cfg, acting=True)
 
 
 def evaluate_run(logdir, episodes):
-    """--evaluate: score the agent in a run's folder on episodes no run has seen, print JSON; write evaluate.gif
-    and, for Franka Kitchen, evaluate-combination.png beside what the run itself left."""
+    """--evaluate: score the agent in a run's folder on episodes no run has seen, print JSON; write
+    evaluate.gif and, for Franka Kitchen, evaluate-combination.png beside what the run itself
+    left."""
     run = open_run(logdir)
     try:
         cfg = run.cfg
-        result, kept = evaluate(cfg, run.players, run.agent, episodes or cfg.final_episodes, first=10_000)
+        result, videos = evaluate(cfg, run.workers, run.agent, episodes or cfg.final_episodes, first=10_000)
         gif, combination = run.dir / "evaluate.gif", run.dir / "evaluate-combination.png"
         with decorative(gif.name):
-            write_gif(run.agent, kept, gif)
+            write_gif(run.agent, videos, gif)
             print(f"wrote {gif}", file=sys.stderr)
-        if cfg.task in Kitchen.tasks and isinstance(run.agent, Agent):
+        if cfg.task in Kitchen.tasks and isinstance(run.agent, MOTO):
             with decorative(combination.name):
                 result |= draw_combination(cfg, run.env, run.agent, combination)
                 print(f"wrote {combination}", file=sys.stderr)
@@ -2968,9 +3068,10 @@ def evaluate_run(logdir, episodes):
 
 
 def main(argv=None):
-    """Returns the exit code: 0 done, 2 trouble, 130 / 143 stopped and saved after Ctrl-C / SIGTERM."""
+    """Returns the exit code: 0 done, 2 trouble, 130 / 143 stopped and saved after Ctrl-C /
+    SIGTERM."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        os._exit(2)          # a player's process imports a script that calls this unguarded: Players.started says so
+        os._exit(2)          # a rollout worker imports a script that calls this unguarded: the program says so
     reuse_memory()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -2987,13 +3088,13 @@ def main(argv=None):
             else:
                 train(cfg)
             sys.stdout.flush()
-        except Trouble as trouble:
+        except UserError as trouble:
             print(f"moto: {trouble}", file=sys.stderr)
             return 2
         except (Stopped, KeyboardInterrupt) as stop:
             how = "and saved" if isinstance(stop, Stopped) else "at once, the last checkpoint stands"
             print(f"moto: stopped {how}; repeat the command to continue", file=sys.stderr)
-            return 128 + (asked["signal"] or signal.SIGINT)
+            return 128 + (stop_requested["signal"] or signal.SIGINT)
         except BrokenPipeError:                                        # `| head` has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -3031,13 +3132,15 @@ SCRIPTS = {
 
 
 class Kitchen:
-    """Franka Kitchen through the authors' camera: an arm, nine velocities, four objects to be put in place.
+    """Franka Kitchen through the authors' camera: an arm, nine velocities, four objects to be put
+    in place.
 
-    The reward is the number of the task's four objects that are in place at that step; success is all four.
-    No termination. Demonstrations are scripted: three of the task's own sub-tasks and another one out of the
-    six of SCRIPTS, in varying order, so that none is worth more than 3. Sources: Gupta et al. 2019; D4RL.
+    The reward is the number of the task's four objects that are in place at that step; success is
+    all four. No termination. Demonstrations are scripted: three of the task's own sub-tasks and
+    another one out of the six of SCRIPTS, in varying order, so that none is worth more than 3.
+    Sources: Gupta et al. 2019; D4RL.
     """
-    action_size, terminates, most_shown = 9, False, 3
+    action_size, terminates, max_demo_reward = 9, False, 3
     view = {"azimuth": 90, "elevation": -60, "distance": 1.86, "lookat": [-0.3, 0.5, 2.0]}
     tasks = {"kitchen-partial": ("microwave", "kettle", "light switch", "slide cabinet"),
              "kitchen-mixed": ("microwave", "kettle", "bottom burner", "light switch")}
@@ -3085,7 +3188,8 @@ class Kitchen:
         return bool(np.linalg.norm(at - kitchen_env.OBS_ELEMENT_GOALS[name]) < within)
 
     def draw_sequence(self):
-        """The task's own four, one replaced by what does not count, in an order that leans to the task's."""
+        """The task's own four, one replaced by what does not count, in an order that leans to the
+        task's."""
         sequence, others = [*self.targets], [name for name in SCRIPTS if name not in self.targets]
         sequence[self.rng.integers(4)] = others[self.rng.integers(len(others))]
         return [sequence[i] for i in np.argsort(np.arange(4) + self.rng.uniform(0, 2, 4))]
@@ -3099,8 +3203,9 @@ class Kitchen:
     def play_script(self):
         """The actions (9,) of a sequence of sub-tasks, then rest: one by one, as the scene changes.
 
-        A sub-task ends where the hand has arrived, slowly and within a centimetre, or half as far from the
-        goal as counts as in place. Where it ended in full swing, a policy late by a step would push on.
+        A sub-task ends where the hand has arrived, slowly and within a centimetre, or half as far
+        from the goal as counts as in place. Where it ended in full swing, a policy late by a step
+        would push on.
         """
         for name in self.sequence:
             site, (*way, (end, grip)), (back, fingers) = SCRIPTS[name]
@@ -3115,8 +3220,9 @@ class Kitchen:
     def reach(self, target, fingers, speed, near=0.03, done=lambda: False, most=40):
         """Actions towards a point (3,), at `speed` m a step, until within `near` m of it or done().
 
-        Damped least squares for the seven joints, a twentieth of the way back to the first posture in what
-        that leaves free, and near the target an integral term: the joints sag. Fingers get four steps.
+        Damped least squares for the seven joints, a twentieth of the way back to the first posture
+        in what that leaves free, and near the target an integral term: the joints sag. Fingers get
+        four steps.
         """
         import mujoco
         jacobian, error, missed = np.zeros((3, self.model.nv)), np.full(3, np.inf), np.zeros(3)
@@ -3139,15 +3245,15 @@ class Kitchen:
         self.env.close()
 
 
-def render_minari(cfg, players):
+def render_minari(cfg, workers):
     """--data minari:ID: a recorded data set of states, rendered anew -> paths of episodes, cached.
 
-    States are set back into the simulator, and rewards counted for the task's four objects. Raises Trouble
-    where the data set is missing, damaged, or for another robot.
+    States are set back into the simulator, and rewards counted for the task's four objects. Raises
+    UserError where the data set is missing, damaged, or for another robot.
     """
     if cfg.task not in Kitchen.tasks:
-        raise Trouble(f"--data minari: is for {' and '.join(Kitchen.tasks)}; {cfg.task} takes a folder of .npz "
-                      "episodes")
+        raise UserError(f"--data minari: is for {' and '.join(Kitchen.tasks)}; {cfg.task} takes a folder "
+                        "of .npz episodes")
     need("minari", KITCHEN_EXTRA)
     import minari
     name = cfg.data.removeprefix("minari:")
@@ -3155,9 +3261,10 @@ def render_minari(cfg, players):
         data = minari.load_dataset(name, download=True)
         recorded = [(episode.observations, episode.actions) for episode in data.iterate_episodes()]
     except Exception as error:                       # network, files, versions: whatever h5py or minari raise
-        raise Trouble(f"the Minari data set {name!r} cannot be read ({type(error).__name__}: {error}); remove "
-                      "it and fetch it anew, as by: minari download D4RL/kitchen/mixed-v2") from None
-    recorded = [(seen.get("observation") if isinstance(seen, dict) else seen, actions) for seen, actions in recorded]
+        raise UserError(f"the Minari data set {name!r} cannot be read ({type(error).__name__}: {error}); "
+                        "remove it and fetch it anew, as by: minari download D4RL/kitchen/mixed-v2") from None
+    recorded = [(seen.get("observation") if isinstance(seen, dict) else seen, actions)
+                for seen, actions in recorded]
     for states, actions in recorded:
         arrays = isinstance(states, np.ndarray) and isinstance(actions, np.ndarray)
         if not (arrays and states.shape == (len(actions) + 1, 59) and actions.shape[1:] == (9,)
@@ -3165,12 +3272,13 @@ def render_minari(cfg, players):
                 and np.isfinite(states).all() and np.isfinite(actions).all()):
             found = [f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
                      for value in (states, actions)]
-            raise Trouble(f"the Minari data set {name!r} has observations {found[0]} and actions {found[1]}; Franka "
-                          "Kitchen has finite floats (L+1, 59) and (L, 9): choose another data set")
-    folder = cache_folder(cfg, players.env, {"minari": name, "episodes": len(recorded)})
+            raise UserError(f"the Minari data set {name!r} has observations {found[0]} and actions "
+                            f"{found[1]}; Franka Kitchen has finite floats (L+1, 59) and (L, 9): choose "
+                            "another data set")
+    folder = cache_folder(cfg, workers.env, {"minari": name, "episodes": len(recorded)})
     paths = [folder / f"episode{index:04d}.npz" for index in range(len(recorded))]
     missing = [(path, *episode) for path, episode in zip(paths, recorded) if not path.exists()]
-    rendered = players.each(render_recorded, missing)
+    rendered = workers.each(render_recorded, missing)
     for _ in tqdm(rendered, total=len(missing), desc="rendering", disable=not missing):
         exit_if_asked()
     return paths
@@ -3185,7 +3293,8 @@ def render_recorded(cfg, env, recorded):
 
 
 def all_four(cfg, env):
-    """A scripted episode of all the task's sub-tasks, as no demonstration shows it: a dict as `rollout`'s."""
+    """A scripted episode of all the task's sub-tasks, as no demonstration shows it: a dict as
+    `rollout`'s."""
     env.draw_sequence = lambda: list(env.targets)
     try:
         for index in range(10):
@@ -3194,25 +3303,26 @@ def all_four(cfg, env):
                 return {"image": image, "action": [np.float32(a) for a in action], "reward": reward}
     finally:
         del env.draw_sequence
-    raise Trouble(f"10 scripted attempts at all of {cfg.task} failed in {cfg.episode_steps} steps; raise "
-                  "--episode-steps")
+    raise UserError(f"10 scripted attempts at all of {cfg.task} failed in {cfg.episode_steps} steps; raise "
+                    "--episode-steps")
 
 
 @torch.no_grad()
 def draw_combination(cfg, env, agent, path, dreams=64, steps=200):
-    """combination.png, the paper's Figure 4: does the model know what it has never seen, all four in place?
+    """combination.png, the paper's Figure 4: does the model know what it has never seen, all four
+    in place?
 
-    Above: a scripted episode of all four, filtered; the model's reward for it against the true one. Below:
-    the policy's own dreams from that first image, with the weights and the mean actions it acts by: `dreams`
-    of them, which differ in the states drawn, and frames of the most rewarded one. Returns the largest
-    predicted reward of each: {"predicted_unseen", "dreamt"}.
+    Above: a scripted episode of all four, filtered; the model's reward for it against the true one.
+    Below: the policy's own dreams from that first image, with the weights and the mean actions it
+    acts by: `dreams` of them, which differ in the states drawn, and frames of the most rewarded
+    one. Returns the largest predicted reward of each: {"predicted_unseen", "dreamt"}.
     """
     def actor(feat):
-        return TanhNormal(agent.acting.actor(feat).mean, torch.full((1,), 1e-6, device=feat.device))
+        return TanhNormal(agent.ema_policy.actor(feat).mean, torch.full((1,), 1e-6, device=feat.device))
 
-    model, episode = agent.acting.model, all_four(cfg, env)
-    x, a, first = as_sequence(agent, episode)
-    h, z, *_ = (v[0] for v in model.observe(x, a, first))
+    model, episode = agent.ema_policy.model, all_four(cfg, env)
+    x, a, is_first = as_sequence(agent, episode)
+    h, z, *_ = (v[0] for v in model.observe(x, a, is_first))
     predicted = model.expected_reward(torch.cat([h, z], -1)).cpu()
     dream = imagine(model, actor, h[:1].repeat(dreams, 1), z[:1].repeat(dreams, 1), steps)["feat"]
     dreamt = model.expected_reward(dream).cpu()                      # (steps + 1, dreams)
@@ -3231,7 +3341,7 @@ def draw_combination(cfg, env, agent, path, dreams=64, steps=200):
     axes[3].plot(dreamt, color="tab:green", lw=0.6, alpha=0.5)
     axes[3].plot(dreamt[:, best], color="black", label=f"the model's, in {dreams} dreams (black: this one)")
     for axis in (axes[1], axes[3]):
-        axis.axhline(env.most_shown, color="tab:red", ls=":", label="the most in any demonstration")
+        axis.axhline(env.max_demo_reward, color="tab:red", ls=":", label="the most in any demonstration")
         axis.set(ylim=(-0.3, 4.5), xlabel="agent step"), axis.legend(fontsize=8, loc="upper left")
     save_figure(fig, path)
     return {"predicted_unseen": float(predicted.max()), "dreamt": float(dreamt.max())}

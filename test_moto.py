@@ -39,8 +39,8 @@ def batch_of(cfg, B=4, T=6, A=2, seed=0):
     first = torch.zeros(B, T, dtype=torch.bool)
     first[:, 0] = True
     return {"image": torch.randint(0, 255, (B, T, cfg.image_size, cfg.image_size, 3), generator=g, dtype=torch.uint8),
-            "a": torch.rand(B, T, A, generator=g) * 1.8 - 0.9, "r": torch.rand(B, T, generator=g), "terminal": torch.zeros(B, T),
-            "first": first, "shown": torch.ones(B, T, dtype=torch.bool)}
+            "a": torch.rand(B, T, A, generator=g) * 1.8 - 0.9, "r": torch.rand(B, T, generator=g), "is_terminal": torch.zeros(B, T),
+            "is_first": first, "is_demo": torch.ones(B, T, dtype=torch.bool)}
 
 
 def prepared(batch):
@@ -49,7 +49,7 @@ def prepared(batch):
 
 @pytest.fixture
 def agent():
-    return moto.Agent(tiny(), 2, True, "cpu")
+    return moto.MOTO(tiny(), 2, True, "cpu")
 
 
 # ------------------------------------------------------------------------------------------------------ the toy task
@@ -266,7 +266,7 @@ def test_eq07_penalty():
 
 def test_eq07_penalty_enters_what_the_update_pays(monkeypatch):
     def value_with(alpha):
-        agent = moto.Agent(tiny(alpha=alpha), 2, True, "cpu")
+        agent = moto.MOTO(tiny(alpha=alpha), 2, True, "cpu")
         return agent.update(batch_of(agent.cfg))["actor/value"]
     assert value_with(50.0) < value_with(0.0) - 0.01
 
@@ -331,7 +331,7 @@ def test_eq11_the_smaller_critic_bootstraps(agent):
 
 def test_eq11_real_and_imagined_transitions_both_train_the_critic():
     def critics(updates=1, **changes):
-        agent = moto.Agent(tiny(**changes), 2, True, "cpu")
+        agent = moto.MOTO(tiny(**changes), 2, True, "cpu")
         for _ in range(updates):
             agent.update(batch_of(agent.cfg))
         return torch.cat([p.flatten() for p in agent.critic.parameters()])
@@ -360,9 +360,9 @@ def test_eq13_behaviour_loss_is_the_likelihood_of_the_leaving_action(agent):
 
 def test_eq13_only_offline_actions_are_cloned_and_seams_are_not(agent):
     batch = batch_of(agent.cfg)
-    assert agent.update(batch | {"shown": torch.zeros(4, 6, dtype=torch.bool)})["actor/behaviour_nll"] == 0
+    assert agent.update(batch | {"is_demo": torch.zeros(4, 6, dtype=torch.bool)})["actor/behaviour_nll"] == 0
     assert agent.update(batch)["actor/behaviour_nll"] != 0
-    assert agent.update(batch | {"first": torch.ones(4, 6, dtype=torch.bool)})["actor/behaviour_nll"] == 0
+    assert agent.update(batch | {"is_first": torch.ones(4, 6, dtype=torch.bool)})["actor/behaviour_nll"] == 0
 
 
 def test_eq14_actor_loss_and_its_limits():
@@ -374,7 +374,7 @@ def test_eq14_actor_loss_and_its_limits():
 
 
 def test_eq14_following_the_loss_raises_the_imagined_value():
-    agent = moto.Agent(tiny(beta=0.0, repr_weight=0.0, eta=0.0, model_lr=1e-12, critic_lr=1e-12, actor_lr=1e-2, alpha=0.0), 2, True, "cpu")
+    agent = moto.MOTO(tiny(beta=0.0, repr_weight=0.0, eta=0.0, model_lr=1e-12, critic_lr=1e-12, actor_lr=1e-2, alpha=0.0), 2, True, "cpu")
     with torch.no_grad():                                                     # a critic with opinions
         agent.critic.nets.first.weight *= 10
         agent.target.load_state_dict(agent.critic.state_dict())
@@ -459,7 +459,7 @@ def test_each_loss_moves_its_own_parameters_and_no_others(agent):
 def test_one_backward_pass_gives_actor_and_critic_their_own_gradients_alone(agent):
     """The sum of both losses is differentiated once: neither loss may reach the other's parameters, nor the model's."""
     batch = batch_of(agent.cfg)
-    batch |= {"leaves": torch.ones(4, 5), "imitated": torch.ones(4, 5), "imitate": batch["a"]}
+    batch |= {"valid": torch.ones(4, 5), "bc_mask": torch.ones(4, 5), "bc_target": batch["a"]}
     feat = torch.randn(4, 6, agent.cfg.deter + agent.cfg.stoch)
     parts = {}
     true_actor_loss, true_critic_loss = moto.actor_loss, moto.critic_loss
@@ -481,7 +481,7 @@ def test_one_backward_pass_gives_actor_and_critic_their_own_gradients_alone(agen
 
 def test_the_behaviour_gradient_reaches_the_representation_only_by_its_weight():
     def model_after(**changes):
-        agent = moto.Agent(tiny(**changes), 2, True, "cpu")
+        agent = moto.MOTO(tiny(**changes), 2, True, "cpu")
         agent.update(batch_of(agent.cfg))
         return snapshot(agent)["model"]
     assert not torch.equal(model_after(repr_weight=1.0), model_after(repr_weight=0.0))
@@ -492,15 +492,15 @@ def test_a_variant_is_a_change_of_numbers():
     fields = {f.name for f in dataclasses.fields(moto.Config)}
     for name, changes in moto.VARIANTS.items():
         assert set(changes) <= fields
-        agent = moto.make_learner(tiny(variant=name), 2, True, "cpu")
+        agent = moto.make_agent(tiny(variant=name), 2, True, "cpu")
         assert type(agent) is {"bc": moto.BC, "iql": baselines.IQL, "cql": baselines.CQL,
-                               "sac": baselines.SAC}.get(name, moto.Agent)
+                               "sac": baselines.SAC}.get(name, moto.MOTO)
         before = snapshot(agent)
         agent.update(batch_of(agent.cfg))
         moved = {n for n, v in snapshot(agent).items() if not torch.equal(v, before[n])}
-        assert moved == {"bc": {"encoder", "actor", "acting"}, "iql": {"encoder", "actor", "acting", "critic", "target", "value"}}.get(
-            name, {"encoder", "actor", "acting", "critic", "target", "log_tau"} if name in ("cql", "sac") else
-            {"model", "actor", "acting", "critic", "target"}), name
+        assert moved == {"bc": {"encoder", "actor", "ema_policy"}, "iql": {"encoder", "actor", "ema_policy", "critic", "target", "value"}}.get(
+            name, {"encoder", "actor", "ema_policy", "critic", "target", "log_tau"} if name in ("cql", "sac") else
+            {"model", "actor", "ema_policy", "critic", "target"}), name
 
 
 def test_a_task_has_its_own_budget_between_preset_and_variant():
@@ -521,7 +521,7 @@ def test_a_task_has_its_own_budget_between_preset_and_variant():
 def test_what_sets_a_variant_apart_changes_the_update_and_the_rest_is_one_method():
     """With the other variants' numbers put back by hand each is moto again, bit for bit; without, each moves something differently."""
     def after(**changes):
-        agent = moto.make_learner(tiny(alpha=50.0, **changes), 2, True, "cpu") if "variant" not in changes else moto.make_learner(
+        agent = moto.make_agent(tiny(alpha=50.0, **changes), 2, True, "cpu") if "variant" not in changes else moto.make_agent(
             tiny(**({"alpha": 50.0} | moto.VARIANTS[changes["variant"]] | changes)), 2, True, "cpu")
         torch.manual_seed(1)
         agent.update(batch_of(agent.cfg))
@@ -534,7 +534,7 @@ def test_what_sets_a_variant_apart_changes_the_update_and_the_rest_is_one_method
 
 
 def test_replacing_a_function_of_the_module_changes_the_agent(monkeypatch, agent):
-    twin = moto.Agent(agent.cfg, 2, True, "cpu")
+    twin = moto.MOTO(agent.cfg, 2, True, "cpu")
     torch.manual_seed(5), agent.update(batch_of(agent.cfg))
     original = moto.actor_loss
     monkeypatch.setattr(moto, "actor_loss", lambda V0, *rest: -original(V0, *rest))
@@ -544,24 +544,24 @@ def test_replacing_a_function_of_the_module_changes_the_agent(monkeypatch, agent
 
 def test_the_weights_that_act_follow_the_trained_ones(agent):
     agent.update(batch_of(agent.cfg))
-    assert all(torch.equal(a, b) for a, b in zip(agent.acting.actor.parameters(), agent.actor.parameters()))    # the first is taken whole
+    assert all(torch.equal(a, b) for a, b in zip(agent.ema_policy.actor.parameters(), agent.actor.parameters()))    # the first is taken whole
     for rate in (10 / 11, 10 / 12):
-        old = copy.deepcopy(agent.acting)
+        old = copy.deepcopy(agent.ema_policy)
         agent.update(batch_of(agent.cfg))
         for name in ("model", "actor"):
-            for before, after, fast in zip(getattr(old, name).parameters(), getattr(agent.acting, name).parameters(), agent.modules[name].parameters()):
+            for before, after, fast in zip(getattr(old, name).parameters(), getattr(agent.ema_policy, name).parameters(), agent.modules[name].parameters()):
                 torch.testing.assert_close(after, (1 - rate) * before + rate * fast)
     image = np.zeros((16, 16, 3), np.uint8)
-    before, _ = agent.acting.act(image)
+    before, _ = agent.ema_policy.act(image)
     with torch.no_grad():
         for p in agent.actor.parameters():
             p.zero_()                                                         # not the ones that act
-    assert np.array_equal(agent.acting.act(image)[0], before) and np.abs(before).sum() > 0
+    assert np.array_equal(agent.ema_policy.act(image)[0], before) and np.abs(before).sum() > 0
 
 
 def after_updates(cfg, compiled=False, count=3):
     """Metrics and weights after some updates from one set of weights, one batch and one stream of random numbers."""
-    agent = moto.Agent(cfg, 2, True, "cpu", compiled)
+    agent = moto.MOTO(cfg, 2, True, "cpu", compiled)
     torch.manual_seed(5)
     metrics = [agent.update(batch_of(cfg, T=2)) for _ in range(count)]         # short: compiling unrolls the steps
     return metrics, torch.cat([p.detach().flatten() for p in agent.modules["model"].parameters()]), agent
@@ -582,14 +582,14 @@ def test_the_fast_forms_agree_with_the_plain_one(precision, compiled, tolerance)
     for ours, theirs in zip(fast, plain):
         for name in theirs:
             assert abs(ours[name] - theirs[name]) <= tolerance * max(0.1, abs(theirs[name])), name
-    start = torch.cat([p.detach().flatten() for p in moto.Agent(tiny(**sizes), 2, True, "cpu").modules["model"].parameters()])
+    start = torch.cat([p.detach().flatten() for p in moto.MOTO(tiny(**sizes), 2, True, "cpu").modules["model"].parameters()])
     cosine = torch.cosine_similarity(moved - start, weights - start, dim=0)     # Adam turns tiny gradients into whole steps
     assert cosine > (0.999 if precision == "float32" else 0.9)
 
 
 def test_training_is_deterministic():
     def train():
-        agent = moto.Agent(tiny(), 2, True, "cpu")
+        agent = moto.MOTO(tiny(), 2, True, "cpu")
         for i in range(3):
             agent.update(batch_of(agent.cfg, seed=i))
         return snapshot(agent)
@@ -622,14 +622,14 @@ def test_evaluations_act_by_means_and_with_eval_sample_as_collection_does(agent)
     """The policy's mean at the state it is in; or, the same each time, noise that no two episodes share."""
     def actions(**changes):
         cfg = dataclasses.replace(agent.cfg, **changes)
-        kept = moto.evaluate(cfg, moto.Players(cfg, Echo(False)), agent, 2)[1]
+        kept = moto.evaluate(cfg, moto.RolloutWorkers(cfg, Echo(False)), agent, 2)[1]
         return [np.array(episode["action"]) for episode in kept], kept[0]["image"][0]
     means, image = actions()
     (one, two), again = actions(eval_sample=True)[0], actions(eval_sample=True)[0]
     np.testing.assert_array_equal([one, two], again)
     assert np.abs(one - two).min() > 1e-3                                         # no two share their noise
     np.testing.assert_array_equal(means[0], means[1])
-    np.testing.assert_array_equal(means[0][0], agent.acting.act(image)[0])
+    np.testing.assert_array_equal(means[0][0], agent.ema_policy.act(image)[0])
 
 
 @pytest.mark.parametrize("variant", ["moto", "bc"])
@@ -638,7 +638,7 @@ def test_explore_scales_the_deviation_of_sampled_actions_and_nothing_else(varian
     image = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
 
     def act(share):
-        acting = moto.make_learner(tiny(variant=variant, explore=share), 2, False, "cpu").acting
+        acting = moto.make_agent(tiny(variant=variant, explore=share), 2, False, "cpu").ema_policy
         a, state = acting.act(image, generator=torch.Generator().manual_seed(7))
         return np.arctanh(a.astype(float)), state[1 if variant == "moto" else 0]
     (none, z), (half, z_half), (whole, z_whole) = act(0.0), act(0.5), act(1.0)
@@ -663,27 +663,27 @@ def test_a_published_agent_opens_with_the_settings_it_was_made_with(name, monkey
 @pytest.mark.parametrize("ends", [True, False])
 def test_what_an_evaluation_returned_is_comparable_with_what_the_critics_promised(agent, ends):
     """Up to a time limit, and as if the last reward went on for ever: after a terminal there is nothing."""
-    result, (episode,) = moto.evaluate(agent.cfg, moto.Players(agent.cfg, Echo(ends)), agent, 1)
+    result, (episode,) = moto.evaluate(agent.cfg, moto.RolloutWorkers(agent.cfg, Echo(ends)), agent, 1)
     gamma, rewards = agent.cfg.gamma, np.array(episode["reward"], float)
     on = np.append(rewards, np.full(2000, 0 if ends else rewards[-1]))
     np.testing.assert_allclose(result["return"], (1 - gamma) * (gamma ** np.arange(5) @ rewards), atol=1e-6)
-    np.testing.assert_allclose(result["continued"], (1 - gamma) * (gamma ** np.arange(2005) @ on), atol=1e-6)
+    np.testing.assert_allclose(result["infinite_horizon_return"], (1 - gamma) * (gamma ** np.arange(2005) @ on), atol=1e-6)
 
 
 @pytest.mark.parametrize("ends", [True, False])
 def test_action_image_reward_alignment_and_time_limits(agent, tmp_path, ends):
     cfg, store = agent.cfg, moto.Replay(40, 16, 2)
     for i in range(3):
-        episode = moto.rollout(cfg, Echo(ends), agent.acting, i, sample=True)
+        episode = moto.rollout(cfg, Echo(ends), agent.ema_policy, i, sample=True)
         assert len(episode["action"]) == 5 and episode.pop("success") is True    # once is enough
         moto.save_episode(tmp_path / f"{i}.npz", **episode)
         store.add(moto.load_episode(tmp_path / f"{i}.npz", 16, 2), True)
-    assert store.size == 18 and store.data["first"].nonzero().flatten().tolist() == [0, 6, 12]
+    assert store.size == 18 and store.data["is_first"].nonzero().flatten().tolist() == [0, 6, 12]
     batch = store.sample(np.random.default_rng(0), 50, 7)
     np.testing.assert_allclose(batch["a"][..., 0], batch["r"])
     np.testing.assert_array_equal(batch["image"][..., 0, 0, 0], np.round((batch["a"][..., 0].numpy().astype(float) + 1) * 100))
-    assert store.data["terminal"][:18].nonzero().flatten().tolist() == ([5, 11, 17] if ends else [])
-    seams = store.data["first"][:18]
+    assert store.data["is_terminal"][:18].nonzero().flatten().tolist() == ([5, 11, 17] if ends else [])
+    seams = store.data["is_first"][:18]
     assert not store.data["r"][:18][seams].any() and not store.data["a"][:18][seams].any()
 
 
@@ -698,7 +698,7 @@ def test_replay_is_uniform_over_positions_and_mixes_as_told():
     cfg, offline = tiny(batch=8, offline_fraction=0.25), lambda batch: int(batch["image"][:, 0, 0, 0, 0].sum())
     assert offline(moto.sample_batch(cfg, rng, store)) == 8
     batch = store.sample(rng, 20_000, 5)
-    assert batch["first"][:, 0].all() and not batch["first"][:, 1:].any()      # every sequence starts afresh; one long episode
+    assert batch["is_first"][:, 0].all() and not batch["is_first"][:, 1:].any()      # every sequence starts afresh; one long episode
     counts = np.unique(batch["r"][:, 1], return_counts=True)[1]
     assert len(counts) == 26 and counts.min() > 0.8 * counts.mean() and counts.max() < 1.2 * counts.mean()
     add(60, "online")
@@ -709,8 +709,8 @@ def test_replay_is_uniform_over_positions_and_mixes_as_told():
     batch = store.sample(rng, 20_000, 5)
     starts = np.unique(batch["r"][~batch["image"][:, 0, 0, 0, 0].bool(), 1])
     assert starts.tolist() == list(range(11))                     # now drawn as offline data, too
-    assert batch["shown"][~batch["image"][:, 0, 0, 0, 0].bool()].any()
-    assert not store.sample(rng, 20_000, 5, "online")["shown"].any()
+    assert batch["is_demo"][~batch["image"][:, 0, 0, 0, 0].bool()].any()
+    assert not store.sample(rng, 20_000, 5, "online")["is_demo"].any()
     assert store.data["image"].dtype == torch.uint8 and len(store.data["image"]) == 90       # held once
 
 
@@ -719,8 +719,8 @@ def test_successful_online_episodes_join_the_offline_data(dots, tmp_path, imitat
     run = moto.Run(tiny(data=str(dots), logdir=str(tmp_path), online_episodes=5, demo_tail=2, imitate_success=imitate))
     run.open_data()
     slowest = max(int(np.argmax(moto.load_episode(path, 16, 2)["reward"])) for path in dots.glob("*.npz"))
-    assert run.good_enough == pytest.approx(1 - slowest / 12)                              # of 12 steps, those from the first success on
-    run.good_enough, before, choices = 1 / 12, run.replay.size, lambda: len(run.replay.starts["offline"])
+    assert run.demo_threshold == pytest.approx(1 - slowest / 12)                              # of 12 steps, those from the first success on
+    run.demo_threshold, before, choices = 1 / 12, run.replay.size, lambda: len(run.replay.starts["offline"])
     for index, rewards in enumerate(([0] * 12, [0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0], [0] * 11 + [1])):
         image = np.full((13, 16, 16, 3), index, np.uint8)
         moto.save_episode(run.episode_path(index), image, np.full((12, 2), index / 10), rewards)
@@ -730,13 +730,13 @@ def test_successful_online_episodes_join_the_offline_data(dots, tmp_path, imitat
     if imitate:
         joined = run.replay.starts["offline"][before:]
         joined = {name: values[joined] for name, values in run.replay.data.items()}
-        assert joined["r"].nonzero().flatten().tolist() == [4, 6, 19] and joined["first"].nonzero().flatten().tolist() == [0, 7]
+        assert joined["r"].nonzero().flatten().tolist() == [4, 6, 19] and joined["is_first"].nonzero().flatten().tolist() == [0, 7]
         assert set(joined["image"][:7].unique().tolist()) == {1} and joined["a"][1:7].unique().tolist() == [pytest.approx(0.1)]
-        assert joined["shown"].tolist() == [False] + [True] * 6 + [False] + [True] * 12
-    size, run.good_enough = choices(), 2 / 12                                              # too slow for the prior, by one step
+        assert joined["is_demo"].tolist() == [False] + [True] * 6 + [False] + [True] * 12
+    size, run.demo_threshold = choices(), 2 / 12                                              # too slow for the prior, by one step
     run.add_online(2)
     assert choices() == size
-    run.good_enough = 1 / 12
+    run.demo_threshold = 1 / 12
     run.add_online(2)
     assert choices() == size + 13 * imitate
     run.close()
@@ -749,10 +749,10 @@ def test_the_worth_of_an_episode_and_which_of_its_actions_lead_up():
                                                   ([0, 0, 0, 2], 18, 3, "....", "...."), ([1, 1, 0], 12, 0, "x..", "x.."), ([0, 0, 1, 2], 19, 3, "...x", "xxxx"),
                                                   ([0, 1, 0, 1, 1, 2, 0, 3, 3], 20, 7, "xx....xx.", "xx....xx.")):
         rewards = np.array(reward, np.float32)
-        mean, at = moto.merit(tiny(), rewards)
+        mean, at = moto.episode_score(tiny(), rewards)
         assert (round(12 * mean), at) == (worth, peak), reward
         for ahead, marks in ((2, ahead_2), (3, ahead_3), (0, "x" * len(reward))):
-            assert moto.leads_up(tiny(imitate_ahead=ahead), rewards).tolist() == [mark == "x" for mark in marks], (reward, ahead)
+            assert moto.progress_mask(tiny(imitate_ahead=ahead), rewards).tolist() == [mark == "x" for mark in marks], (reward, ahead)
 
 
 @pytest.mark.parametrize("ahead", [0, 4])
@@ -771,8 +771,8 @@ def test_the_behaviour_term_imitates_what_leads_up(tmp_path, ahead):
     offline = run.replay.starts["offline"]
     assert len(offline) == 19 + 13
     batch = {name: values[None, offline] for name, values in run.replay.data.items()}
-    batch = run.agent.arrive(batch)
-    imitated = (100 * batch["imitate"][:, 1:, 0][batch["imitated"] > 0]).round().int().tolist()
+    batch = run.agent.prepare_batch(batch)
+    imitated = (100 * batch["bc_target"][:, 1:, 0][batch["bc_mask"] > 0]).round().int().tolist()
     if ahead:
         assert imitated == [10, 11, 12, 13, 20, 70, 71, 72, 73]
     else:
@@ -798,7 +798,7 @@ def test_a_terminal_task_learns_its_continuation(tmp_path):
     store = moto.Replay(200, 16, 2)
     for e in episodes:
         store.add(e, True)
-    agent, rng = moto.Agent(cfg, 2, True, "cpu"), np.random.default_rng(0)
+    agent, rng = moto.MOTO(cfg, 2, True, "cpu"), np.random.default_rng(0)
     losses = [agent.update(store.sample(rng, 8, 5))["model/continuation"] for _ in range(300)]
     assert np.mean(losses[-30:]) < 0.3 * np.mean(losses[:30])
 
@@ -821,7 +821,7 @@ def test_frames_are_stacked_within_an_episode():
 @pytest.mark.parametrize("memory", [0, 1, 3, 20])
 def test_acting_filters_the_last_images_as_training_filters_a_sequence(memory):
     """Those of the last `memory` steps, forgetting what was before, action and state; 0, or more than there were: all since the reset."""
-    agent = moto.Agent(tiny(memory=memory), 2, True, "cpu")
+    agent = moto.MOTO(tiny(memory=memory), 2, True, "cpu")
     images, actions, state = batch_of(agent.cfg, 1, 8)["image"][0], [torch.zeros(2)], None
     for t in range(8):
         since = max(0, t + 1 - (memory or 8))
@@ -829,19 +829,19 @@ def test_acting_filters_the_last_images_as_training_filters_a_sequence(memory):
         with torch.no_grad():
             h, z, *_ = agent.model.filter(agent.model.embed(moto.to_image(images[None, since:t + 1])), torch.stack(actions[since:])[None], first, scale=0)
             expected = agent.actor(torch.cat([h, z], -1)[0, -1:]).mode[0]
-        a, state = agent.acting.act(images[t], state)
+        a, state = agent.ema_policy.act(images[t], state)
         np.testing.assert_allclose(a, expected, atol=1e-6)
         actions.append(torch.as_tensor(a))
 
 
 def test_acting_stacks_the_frames_as_training_does():
-    agent = moto.make_learner(tiny(variant="bc"), 2, False, "cpu")
+    agent = moto.make_agent(tiny(variant="bc"), 2, False, "cpu")
     image, state = torch.randint(0, 255, (5, 16, 16, 3), dtype=torch.uint8), None
     padded = torch.cat([image[:1], image[:1], image])[None]                                # as at a reset
-    feat = agent.acting.model(moto.to_image(moto.stacked(padded, torch.zeros(1, 7, dtype=torch.bool), 3)[0]))
+    feat = agent.ema_policy.model(moto.to_image(moto.stacked(padded, torch.zeros(1, 7, dtype=torch.bool), 3)[0]))
     for t in range(5):
-        a, state = agent.acting.act(image[t].numpy(), state)
-        np.testing.assert_allclose(a, agent.acting.actor(feat[t]).mode, atol=1e-5)
+        a, state = agent.ema_policy.act(image[t].numpy(), state)
+        np.testing.assert_allclose(a, agent.ema_policy.actor(feat[t]).mode, atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [(), (5,)])
@@ -868,7 +868,7 @@ def test_the_world_model_trains_on_shifted_sequences():
     batch["image"][..., 0, :] = 255
 
     def image_loss(shift):
-        agent = moto.make_learner(tiny(shift=shift, decode=1.0), 2, False, "cpu")
+        agent = moto.make_agent(tiny(shift=shift, decode=1.0), 2, False, "cpu")
         return agent.update(batch)["model/image"]
     assert image_loss(3) > 1.15 * image_loss(0)
 
@@ -876,10 +876,10 @@ def test_the_world_model_trains_on_shifted_sequences():
 def test_the_behaviour_term_forgets_and_the_model_does_not():
     """With everything forgotten the behaviour term's states know the present image alone; the model's know the past."""
     def states(forget, past):
-        agent, batch = moto.Agent(tiny(forget=forget), 2, True, "cpu"), batch_of(tiny())
+        agent, batch = moto.MOTO(tiny(forget=forget), 2, True, "cpu"), batch_of(tiny())
         batch["image"][:, :3], batch["a"][:, :3] = past, past / 255
         torch.manual_seed(0)
-        _, _, feat, brief = agent.model_terms(agent.arrive(batch))
+        _, _, feat, brief = agent.model_terms(agent.prepare_batch(batch))
         return feat, brief
     (feat, brief), (feat_2, brief_2) = states(1.0, 0), states(1.0, 200)
     assert torch.equal(brief[:, 3:], brief_2[:, 3:]) and not torch.equal(brief[:, 2], brief_2[:, 2])
@@ -893,28 +893,28 @@ def test_the_pixel_prior_says_what_to_imitate_in_states_that_are_not_offline_dat
     """Offline rows keep the recorded actions; the others get the averaged prior's, where their stack of images is whole and a_{t+1}
     leaves s_t. The prior learns from the offline rows alone, and nothing else moves it."""
     cfg = tiny(pixel_prior=True, min_std=1e-6)
-    agent = moto.Agent(cfg, 2, True, "cpu")
+    agent = moto.MOTO(cfg, 2, True, "cpu")
     for policy in (agent.prior_actor, agent.prior.actor):
         with torch.no_grad():
             policy.net[-1].bias[2:] = -1e4                           # so sure that a sample is the mean
     agent.prior.updates.fill_(1000.0)                                # the average is slow by now
-    batch = batch_of(cfg, B=4, T=7) | {"shown": torch.tensor([True, False, True, False])[:, None].expand(4, 7).clone()}
-    batch["first"][1, 4] = True
+    batch = batch_of(cfg, B=4, T=7) | {"is_demo": torch.tensor([True, False, True, False])[:, None].expand(4, 7).clone()}
+    batch["is_first"][1, 4] = True
     batch["image"] = batch["image"] // 8 + 30 * torch.arange(7, dtype=torch.uint8)[:, None, None, None]     # brighter and brighter
-    arrived, done = agent.arrive(batch), batch["a"].clone()
+    arrived, done = agent.prepare_batch(batch), batch["a"].clone()
     agent.learn_prior(arrived)
     arrived |= agent.prior_says(arrived)
     assert torch.equal(arrived["a"], done)                           # what was done stays what was done
-    assert torch.equal(arrived["imitate"][[0, 2]], batch["a"][[0, 2]]) and arrived["imitated"][[0, 2]].all()
-    assert arrived["imitated"][[1, 3]].tolist() == [[0, 0, 1, 0, 1, 1], [0, 0, 1, 1, 1, 1]]
+    assert torch.equal(arrived["bc_target"][[0, 2]], batch["a"][[0, 2]]) and arrived["bc_mask"][[0, 2]].all()
+    assert arrived["bc_mask"][[1, 3]].tolist() == [[0, 0, 1, 0, 1, 1], [0, 0, 1, 1, 1, 1]]
     frames = [batch["image"][3, t] for t in (2, 3, 4)]               # what b saw before it said a_5
     b = agent.prior.actor(agent.prior.model(moto.to_image(torch.cat(frames, -1))[None]))
-    torch.testing.assert_close(arrived["imitate"][3, 5], b.mode[0], atol=2e-5, rtol=0)
+    torch.testing.assert_close(arrived["bc_target"][3, 5], b.mode[0], atol=2e-5, rtol=0)
 
     def prior_after(**changed):
-        agent = moto.Agent(cfg, 2, True, "cpu")
+        agent = moto.MOTO(cfg, 2, True, "cpu")
         torch.manual_seed(3)
-        agent.learn_prior(agent.arrive(batch | changed))
+        agent.learn_prior(agent.prepare_batch(batch | changed))
         return torch.cat([p.flatten() for name in ("prior_encoder", "prior_actor") for p in agent.modules[name].parameters()])
     other = batch["a"].clone()
     other[[1, 3]] = 0.5
@@ -933,14 +933,14 @@ def test_latent_noise_is_that_of_the_behaviour_terms_states_and_of_sampling_epis
 
     def states(share, forget, seed):
         """What the behaviour term sees, what the model sees, and what a sampling episode sees."""
-        agent = moto.Agent(tiny(latent_noise=share, forget=forget), 2, True, "cpu")
+        agent = moto.MOTO(tiny(latent_noise=share, forget=forget), 2, True, "cpu")
         torch.manual_seed(seed)
         with torch.no_grad():
-            _, _, feat, brief = agent.model_terms(agent.arrive(batch_of(tiny())))
-        return brief, feat, agent.acting.act(image, generator=torch.Generator().manual_seed(seed))[1][1], agent
+            _, _, feat, brief = agent.model_terms(agent.prepare_batch(batch_of(tiny())))
+        return brief, feat, agent.ema_policy.act(image, generator=torch.Generator().manual_seed(seed))[1][1], agent
     for forget in (0.0, 1.0):
         (brief, feat, z, agent), (brief_2, feat_2, z_2, _) = states(0.0, forget, 1), states(0.0, forget, 2)
-        assert torch.equal(brief, brief_2) and torch.equal(z, z_2) and torch.equal(z, agent.acting.act(image)[1][1])
+        assert torch.equal(brief, brief_2) and torch.equal(z, z_2) and torch.equal(z, agent.ema_policy.act(image)[1][1])
         assert not torch.allclose(feat, feat_2)
         (brief, feat, z, _), (brief_2, feat_2, z_2, _) = states(1.0, forget, 1), states(1.0, forget, 2)
         assert not torch.allclose(brief, brief_2) and not torch.allclose(z, z_2) and not torch.allclose(feat, feat_2)
@@ -949,8 +949,8 @@ def test_latent_noise_is_that_of_the_behaviour_terms_states_and_of_sampling_epis
 def test_the_behaviour_gradient_goes_through_the_states_that_forgot():
     """Where everything is forgotten, the recurrence's weights on h get no gradient from the behaviour term."""
     def gradient(forget):
-        agent = moto.Agent(tiny(forget=forget, repr_weight=1.0), 2, True, "cpu")
-        batch = agent.arrive(batch_of(tiny()))
+        agent = moto.MOTO(tiny(forget=forget, repr_weight=1.0), 2, True, "cpu")
+        batch = agent.prepare_batch(batch_of(tiny()))
         with moto.frozen(agent.actor):
             torch.manual_seed(0)
             with_term = agent.model_terms(batch)[0]
@@ -963,15 +963,15 @@ def test_the_behaviour_gradient_goes_through_the_states_that_forgot():
 
 def baseline(variant, **changes):
     """A learner of tiny size, features, and a batch to match them, with one seam between two episodes."""
-    agent, g = moto.make_learner(tiny(variant=variant, **changes), 2, True, "cpu"), torch.Generator().manual_seed(1)
-    batch = agent.arrive(batch_of(agent.cfg) | {"terminal": (torch.rand(4, 6, generator=g) < 0.2).float()})
-    batch["leaves"][1, 2] = batch["imitated"][1, 2] = batch["imitated"][2, 4] = 0
+    agent, g = moto.make_agent(tiny(variant=variant, **changes), 2, True, "cpu"), torch.Generator().manual_seed(1)
+    batch = agent.prepare_batch(batch_of(agent.cfg) | {"terminal": (torch.rand(4, 6, generator=g) < 0.2).float()})
+    batch["valid"][1, 2] = batch["bc_mask"][1, 2] = batch["bc_mask"][2, 4] = 0
     return agent, torch.randn(4, 6, 22, generator=g), batch
 
 
 def one_by_one(batch):
     """(b, t) of the transitions s_t, a_{t+1}, r_{t+1}, s_{t+1} inside an episode."""
-    return [(b, t) for b in range(4) for t in range(5) if batch["leaves"][b, t]]
+    return [(b, t) for b in range(4) for t in range(5) if batch["valid"][b, t]]
 
 
 def test_bc_against_an_oracle():
@@ -979,7 +979,7 @@ def test_bc_against_an_oracle():
     loss, _ = agent.losses(feat, batch)
     terms = []
     for b, t in one_by_one(batch):
-        if batch["imitated"][b, t]:
+        if batch["bc_mask"][b, t]:
             policy = agent.actor(feat[b, t])
             terms.append(D.TransformedDistribution(D.Normal(policy.mean, policy.std), [D.TanhTransform()]).log_prob(batch["a"][b, t + 1]).sum())
     torch.testing.assert_close(loss, -torch.stack(terms).mean(), rtol=1e-4, atol=1e-4)
@@ -1013,7 +1013,7 @@ def test_iql_against_an_oracle(expectile, monkeypatch):
         q = agent.target(s[None], a[None]).min().detach()
         V, V_next = unit * agent.value(s), unit * agent.value(feat[b, t + 1])
         value.append((abs(expectile - float(q < V)) * ((q - V) / unit) ** 2).squeeze())
-        y = batch["r"][b, t + 1] + 0.9 * (1 - batch["terminal"][b, t + 1]) * V_next.detach()
+        y = batch["r"][b, t + 1] + 0.9 * (1 - batch["is_terminal"][b, t + 1]) * V_next.detach()
         critic.append((((agent.critic(s[None], a[None]) - y) / unit) ** 2).sum())
         actor.append(-(min(math.exp(3.0 * float(q - V)), 100) * agent.actor(s).log_prob(a)))
     expected = sum(torch.stack(terms).mean() for terms in (value, critic, actor))
@@ -1055,7 +1055,7 @@ def test_sac_and_cql_against_an_oracle(variant, monkeypatch):
     mode = lambda s: (agent.actor(s).mode, agent.actor(s).log_density_at(agent.actor(s).mean))
     for b, t in one_by_one(batch):
         s, a, (a_next, logp_next) = feat[b, t][None], batch["a"][b, t + 1][None], mode(feat[b, t + 1][None])
-        y = batch["r"][b, t + 1] + 0.9 * (1 - batch["terminal"][b, t + 1]) * (agent.target(feat[b, t + 1][None], a_next).min() - 0.3 * logp_next)
+        y = batch["r"][b, t + 1] + 0.9 * (1 - batch["is_terminal"][b, t + 1]) * (agent.target(feat[b, t + 1][None], a_next).min() - 0.3 * logp_next)
         q = agent.critic(s, a)
         critic.append((((q - y.detach()) / 10) ** 2).sum())
         gap.append((integral[:, b, t] - q.squeeze()).sum() / 100)
@@ -1079,19 +1079,19 @@ def test_sac_and_cql_against_an_oracle(variant, monkeypatch):
 
 def test_cql_prefers_the_actions_of_the_data():
     def preference(variant):
-        agent = moto.make_learner(tiny(variant=variant, shift=0, critic_lr=3e-3), 2, False, "cpu")
+        agent = moto.make_agent(tiny(variant=variant, shift=0, critic_lr=3e-3), 2, False, "cpu")
         batch = batch_of(agent.cfg)
         for _ in range(150):
             metrics = agent.update(batch)
         return metrics
     cautious = preference("cql")["critic/gap"]
-    assert cautious < moto.make_learner(tiny(variant="cql", shift=0), 2, False, "cpu").update(batch_of(tiny()))["critic/gap"] - 1
+    assert cautious < moto.make_agent(tiny(variant="cql", shift=0), 2, False, "cpu").update(batch_of(tiny()))["critic/gap"] - 1
     assert preference("sac")["critic/gap"] == 0
 
 
 @pytest.mark.parametrize("variant", ["iql", "cql"])
 def test_a_baseline_that_was_stopped_resumes_bit_for_bit(dots, tmp_path, monkeypatch, variant):
-    learner, calls = moto.LEARNERS[variant], []
+    learner, calls = moto.AGENTS[variant], []
     assert run(dots, tmp_path / "whole", variant=variant) == 0
     update = learner.update
 
@@ -1126,7 +1126,7 @@ def test_the_command_of_the_baselines_with_processes_that_play(dots, tmp_path, c
 
 
 def test_moto_alone_says_where_the_baselines_are(capsys, monkeypatch, tmp_path):
-    assert set(moto.BASELINES) == moto.LEARNERS.keys() - {"bc"}
+    assert set(moto.BASELINES) == moto.AGENTS.keys() - {"bc"}
     for name in moto.BASELINES:
         config = {"config": dataclasses.asdict(tiny(variant=name))}
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -1149,7 +1149,7 @@ def same(a, b):
 
 
 def run(dots, logdir, **changes):
-    moto.asked["signal"] = None
+    moto.stop_requested["signal"] = None
     return moto.main(flags(**(TINY | {"data": dots, "logdir": logdir} | changes)))
 
 
@@ -1177,7 +1177,7 @@ def test_with_a_lag_the_policy_of_the_block_before_plays_and_a_resumed_run_knows
 
     def stopping(self, bar, stage):
         if self.state["updates"] == 12:
-            moto.asked["signal"] = signal.SIGTERM
+            moto.stop_requested["signal"] = signal.SIGTERM
         true_update(self, bar, stage)
     monkeypatch.setattr(moto.Run, "update", stopping)
     assert run(dots, tmp_path / "halves", lag=1, online_episodes=4, **changes) == 128 + signal.SIGTERM
@@ -1190,7 +1190,7 @@ def test_with_a_lag_the_policy_of_the_block_before_plays_and_a_resumed_run_knows
 
 @pytest.mark.parametrize("stop_at", [3, 6, 8, 10])                             # offline, the boundary, inside an episode's updates, between
 def test_stop_and_resume_equals_never_stopping_bit_for_bit(finished, dots, tmp_path, monkeypatch, capsys, stop_at):
-    update = moto.Agent.update
+    update = moto.MOTO.update
     calls = []
 
     def stopping(self, batch):
@@ -1198,11 +1198,11 @@ def test_stop_and_resume_equals_never_stopping_bit_for_bit(finished, dots, tmp_p
         if len(calls) == stop_at:
             os.kill(os.getpid(), signal.SIGTERM if stop_at % 2 else signal.SIGINT)
         return update(self, batch)
-    monkeypatch.setattr(moto.Agent, "update", stopping)
+    monkeypatch.setattr(moto.MOTO, "update", stopping)
     assert run(dots, tmp_path, save_every=100) == (143 if stop_at % 2 else 130)
     assert "repeat the command" in capsys.readouterr().err
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]["updates"] == stop_at
-    monkeypatch.setattr(moto.Agent, "update", update)
+    monkeypatch.setattr(moto.MOTO, "update", update)
     torch.manual_seed(999)
     assert run(dots, tmp_path, save_every=100) == 0
     whole, parts = weights(finished), weights(tmp_path)
@@ -1283,8 +1283,8 @@ def test_kill_minus_nine_during_a_save_loses_one_save_at_most(dots, tmp_path, ca
                             "torch.save = dying\n",
              "between the renames": "replace = os.replace\n"
                                     "def dying(a, b):\n    replace(a, b)\n    if 'previous' in str(b) and moto.seen > 3: os.kill(os.getpid(), 9)\n"
-                                    "os.replace = dying\nmoto.seen = 0\nupdate = moto.Agent.update\n"
-                                    "def counted(self, b):\n    moto.seen += 1\n    return update(self, b)\nmoto.Agent.update = counted\n"}[moment]
+                                    "os.replace = dying\nmoto.seen = 0\nupdate = moto.MOTO.update\n"
+                                    "def counted(self, b):\n    moto.seen += 1\n    return update(self, b)\nmoto.MOTO.update = counted\n"}[moment]
     result = child("import os, torch\n" + dying + "sys.exit(moto.main(sys.argv[1:]))", *flags(**(TINY | {"data": dots, "logdir": tmp_path})))
     assert result.returncode == -9
     assert moto.Run(tiny(data=str(dots), logdir=str(tmp_path))).state["updates"] == 3
@@ -1341,7 +1341,7 @@ def test_what_acts_is_enough_to_evaluate_and_not_enough_to_continue(finished, do
         capsys.readouterr()
         assert moto.main(["--evaluate", str(folder), "--episodes", "6"]) == 0
         scores.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
-    assert scores[0] == scores[1] and "promise" not in scores[0] and scores[0]["episodes"] == 6
+    assert scores[0] == scores[1] and "value_estimate" not in scores[0] and scores[0]["episodes"] == 6
     after = content(finished)
     assert after.pop("evaluate.gif") and before.pop("evaluate.gif", True) and after == before
     config = json.loads((finished / "config.json").read_text())["config"]
@@ -1349,8 +1349,8 @@ def test_what_acts_is_enough_to_evaluate_and_not_enough_to_continue(finished, do
     one_sentence(capsys, flags(**(config | {"logdir": small})), "cannot be continued")
     assert {**content(small), ".lock": b""} == before | {".lock": b""}
     whole, part = moto.Run(moto.Config(**config)), moto.open_run(small)
-    torch.testing.assert_close(part.agent.model.typical_u, whole.agent.model.typical_u)
-    torch.testing.assert_close(part.agent.model.state_dict(), whole.agent.acting.model.state_dict(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(part.agent.model.disagreement_mean, whole.agent.model.disagreement_mean)
+    torch.testing.assert_close(part.agent.model.state_dict(), whole.agent.ema_policy.model.state_dict(), rtol=1e-3, atol=1e-3)
     assert part.state["updates"] == 14
 
 
@@ -1478,14 +1478,14 @@ def test_two_processes_do_not_train_in_one_folder(dots, tmp_path, capsys):
 def test_importing_moto_has_no_side_effects_and_needs_no_simulator(tmp_path):
     code = ("import sys\nfor name in ('mujoco', 'metaworld', 'gymnasium', 'imageio', 'matplotlib'): sys.modules[name] = None\n"
             f"import importlib.util as u; s = u.spec_from_file_location('moto', {str(HERE / 'moto.py')!r}); m = u.module_from_spec(s); "
-            "sys.modules['moto'] = m; s.loader.exec_module(m)\nm.Agent(m.build_config(preset='debug', device='cpu'), 4, False, 'cpu')")
+            "sys.modules['moto'] = m; s.loader.exec_module(m)\nm.MOTO(m.build_config(preset='debug', device='cpu'), 4, False, 'cpu')")
     env = {k: v for k, v in os.environ.items() if k != "MUJOCO_GL"}
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout == "" and not list(tmp_path.iterdir()), result.stderr
 
 
 def one_sentence(capsys, argv, *words):
-    moto.asked["signal"] = None
+    moto.stop_requested["signal"] = None
     assert moto.main([str(a) for a in argv]) == 2
     err = capsys.readouterr().err
     message = [line for line in re.split(r"[\r\n]", err) if line.startswith("moto: ")]
@@ -1897,48 +1897,48 @@ def test_frozen_leaves_what_was_frozen_before(agent):
 
 def test_the_critics_promise_is_for_the_latents_that_they_were_trained_on():
     cfg = tiny()
-    agent, image = moto.Agent(cfg, 2, True, "cpu"), batch_of(cfg)["image"][0, 0].numpy()
+    agent, image = moto.MOTO(cfg, 2, True, "cpu"), batch_of(cfg)["image"][0, 0].numpy()
     with torch.no_grad():
-        for parameter in agent.acting.model.parameters():
+        for parameter in agent.ema_policy.model.parameters():
             parameter.add_(torch.randn_like(parameter))                          # the averaged weights are others
-    a = torch.as_tensor(agent.acting.act(image)[0])[None]
+    a = torch.as_tensor(agent.ema_policy.act(image)[0])[None]
     x, first = moto.to_image(torch.as_tensor(image))[None, None], torch.ones(1, 1, dtype=torch.bool)
     with torch.no_grad():
         h, z, *_ = agent.model.filter(agent.model.embed(x), torch.zeros(1, 1, 2), first, scale=0.0)
         q = agent.target(torch.cat([h, z], -1)[0], a).min() * (1 - cfg.gamma)
-    assert agent.promise(image) == pytest.approx(float(q), abs=1e-5)
-    assert moto.Agent(tiny(value_weight=0.0), 2, True, "cpu").promise(image) is None        # critics that never learn
+    assert agent.value_estimate(image) == pytest.approx(float(q), abs=1e-5)
+    assert moto.MOTO(tiny(value_weight=0.0), 2, True, "cpu").value_estimate(image) is None        # critics that never learn
     env = moto.make_env(cfg)
-    result, _ = moto.evaluate(dataclasses.replace(cfg, value_weight=0.0), moto.Players(cfg, env), moto.Agent(tiny(value_weight=0.0), 2, True, "cpu"), 1)
-    assert "promise" not in result
+    result, _ = moto.evaluate(dataclasses.replace(cfg, value_weight=0.0), moto.RolloutWorkers(cfg, env), moto.MOTO(tiny(value_weight=0.0), 2, True, "cpu"), 1)
+    assert "value_estimate" not in result
 
 
 def test_players_get_what_acts_alone_and_do_not_probe_opengl_again(drawer, monkeypatch):
-    sent, policy = [], moto.Agent(tiny(), 2, True, "cpu").acting
-    players = moto.Players(tiny(), drawer)
-    players.pool = type("Pool", (), {"submit": lambda self, function, weights, *rest: sent.append(weights), "shutdown": lambda *a, **k: None})()
-    list(zip(range(0), players.play(policy, [[0, 1, 0]], sample=True)))
+    sent, policy = [], moto.MOTO(tiny(), 2, True, "cpu").ema_policy
+    workers = moto.RolloutWorkers(tiny(), drawer)
+    workers.pool = type("Pool", (), {"submit": lambda self, function, weights, *rest: sent.append(weights), "shutdown": lambda *a, **k: None})()
+    list(zip(range(0), workers.play(policy, [[0, 1, 0]], sample=True)))
     assert not any("decoder" in name or "priors" in name for name in sent[0]) and "actor.net.0.weight" in sent[0]
-    other = moto.Agent(tiny(seed=1), 2, True, "cpu").acting
+    other = moto.MOTO(tiny(seed=1), 2, True, "cpu").ema_policy
     image = batch_of(tiny())["image"][0, 0].numpy()
     other.load_state_dict(other.state_dict() | {name: torch.from_numpy(value) for name, value in sent[0].items()})
     np.testing.assert_array_equal(other.act(image)[0], policy.act(image)[0])
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: (_ for _ in ()).throw(AssertionError("an interpreter was started")))
     monkeypatch.delitem(sys.modules, "mujoco", raising=False)
-    monkeypatch.setitem(moto.player, "cfg", tiny())
+    monkeypatch.setitem(moto.worker, "cfg", tiny())
     assert moto.choose_gl() == ""
 
 
 def test_a_stop_between_two_lines_of_metrics_loses_none_of_their_means(dots, tmp_path, monkeypatch):
-    update, calls, rows = moto.Agent.update, [], []
+    update, calls, rows = moto.MOTO.update, [], []
 
     def stopping(self, batch):
         calls.append(1)
         if len(calls) == 4:
-            moto.asked["signal"] = signal.SIGTERM
+            moto.stop_requested["signal"] = signal.SIGTERM
         return update(self, batch)
     for name, patched in (("whole", update), ("parts", stopping)):
-        monkeypatch.setattr(moto.Agent, "update", patched)
+        monkeypatch.setattr(moto.MOTO, "update", patched)
         code = run(dots, tmp_path / name, log_every=3, online_episodes=0)
         assert code == (0 if name == "whole" else 143) and (code == 0 or run(dots, tmp_path / name, log_every=3, online_episodes=0) == 0)
         rows.append([{k: v for k, v in row.items() if k != "seconds"} for row in moto.read_metrics(tmp_path / name / "metrics.jsonl")])
@@ -2010,22 +2010,22 @@ def test_players_in_processes_play_what_one_process_plays(tmp_path):
 
 def test_a_player_that_dies_is_one_sentence(drawer):
     cfg = moto.build_config(task="drawer-open", preset="debug", workers=2, device="cpu")
-    players, policy = moto.Players(cfg, drawer), moto.Agent(cfg, 4, False, "cpu").acting
+    workers, policy = moto.RolloutWorkers(cfg, drawer), moto.MOTO(cfg, 4, False, "cpu").ema_policy
     try:
-        pid = players.pool.submit(os.getpid).result()
-        waiting = players.play(policy, [[0, 2, i] for i in range(4)], sample=True)
+        pid = workers.pool.submit(os.getpid).result()
+        waiting = workers.play(policy, [[0, 2, i] for i in range(4)], sample=True)
         os.kill(pid, signal.SIGKILL)
-        with pytest.raises(moto.Trouble, match="--workers"):
+        with pytest.raises(moto.UserError, match="--workers"):
             list(waiting)
     finally:
-        players.close()
+        workers.close()
 
 
 def test_players_end_with_their_parent(tmp_path):
     """kill -9 of the program leaves no process behind."""
     code = ("import moto, sys, os, signal\nif __name__ == '__main__':\n"
             " cfg = moto.build_config(task='drawer-open', preset='debug', workers=2, device='cpu')\n"
-            " players = moto.Players(cfg, None)\n print(*{players.pool.submit(os.getpid).result() for _ in range(8)}, flush=True)\n"
+            " workers = moto.RolloutWorkers(cfg, None)\n print(*{workers.pool.submit(os.getpid).result() for _ in range(8)}, flush=True)\n"
             " os.kill(os.getpid(), signal.SIGKILL)")
     done = child(code, timeout=100)                                             # they would hold its output open
     pids = [int(word) for word in done.stdout.split()]
@@ -2060,15 +2060,15 @@ def test_operations_are_counted_right():
 
 def test_scripted_demonstrations_succeed_are_cached_and_never_reused_wrongly(drawer, tmp_path):
     cfg = moto.build_config(task="drawer-open", device="cpu", workers=1, demos=1, demo_noise=0.0, cache=str(tmp_path))
-    players = moto.Players(cfg, drawer)
-    path, = moto.collect_demos(cfg, players)
+    workers = moto.RolloutWorkers(cfg, drawer)
+    path, = moto.collect_demos(cfg, workers)
     episode = moto.load_episode(path, 64, 4)
     when = episode["reward"].argmax()
     assert episode["reward"].max() == 1 and len(episode["reward"]) == when + 1 + cfg.demo_tail and np.abs(episode["action"]).max() <= 1
     stamp = path.stat().st_mtime_ns
-    assert moto.collect_demos(cfg, players) == [path] and path.stat().st_mtime_ns == stamp
+    assert moto.collect_demos(cfg, workers) == [path] and path.stat().st_mtime_ns == stamp
     shorter = dataclasses.replace(cfg, demo_tail=3)
-    other, = moto.collect_demos(shorter, moto.Players(shorter, drawer))
+    other, = moto.collect_demos(shorter, moto.RolloutWorkers(shorter, drawer))
     assert other.parent != path.parent
 
 
@@ -2079,9 +2079,9 @@ def test_processes_collect_the_demonstrations_that_one_process_collects(drawer, 
         cfg = moto.build_config(task="drawer-open", device="cpu", workers=workers, demos=3, episode_steps=53, image_size=16, supersample=1,
                                 cache=str(tmp_path / str(workers)))                     
         env = moto.make_env(cfg)
-        players = moto.Players(cfg, env)
-        kept.append([(path.name, moto.load_episode(path, 16, 4)["action"]) for path in moto.collect_demos(cfg, players)])
-        players.close(), env.close()
+        workers = moto.RolloutWorkers(cfg, env)
+        kept.append([(path.name, moto.load_episode(path, 16, 4)["action"]) for path in moto.collect_demos(cfg, workers)])
+        workers.close(), env.close()
     assert [name for name, _ in kept[0]] == [name for name, _ in kept[1]] != [f"attempt{i:04d}.npz" for i in range(3)]
     assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(*kept))
 
@@ -2220,9 +2220,9 @@ def test_minari_states_are_rendered_and_paid_anew(kitchen, tmp_path, monkeypatch
         states.append(np.array(s)), actions.append(np.array(a)), truth.append((np.stack(images), np.array(rewards)))
     minari_set("test/kitchen-v0", states, actions, monkeypatch, tmp_path / "minari")
     cfg = kitchen_config(data="minari:test/kitchen-v0", workers=2, cache=str(tmp_path / "cache"))
-    players = moto.Players(cfg, kitchen)
+    workers = moto.RolloutWorkers(cfg, kitchen)
     try:
-        paths = moto.offline_paths(cfg, players)
+        paths = moto.offline_paths(cfg, workers)
         assert len(paths) == 3 and truth[1][1].max() == 1 and truth[0][1].max() == 0
         for path, (images, rewards), a in zip(paths, truth, actions):
             episode = moto.load_episode(path, 16, 9)
@@ -2233,9 +2233,9 @@ def test_minari_states_are_rendered_and_paid_anew(kitchen, tmp_path, monkeypatch
             assert exact < 0.3 and error(episode["image"][1:], images[:-1]) > 3 * exact, exact
         stamp = paths[0].stat().st_mtime_ns
         paths[1].unlink()                                                       # interrupted: what is there stays, what lacks is made
-        assert moto.offline_paths(cfg, players) == paths and paths[0].stat().st_mtime_ns == stamp and paths[1].exists()
+        assert moto.offline_paths(cfg, workers) == paths and paths[0].stat().st_mtime_ns == stamp and paths[1].exists()
     finally:
-        players.close()
+        workers.close()
 
 
 class Recorded:
@@ -2266,8 +2266,8 @@ def test_a_wrong_minari_set_is_one_sentence(kitchen, tmp_path, monkeypatch, faul
     cfg = kitchen_config(data="minari:test/" + ("missing-v0" if fault == "missing" else "wrong-v0"), cache=str(tmp_path / "cache"))
     if fault == "another task":
         cfg = dataclasses.replace(cfg, task="hammer")
-    with pytest.raises(moto.Trouble, match=words):
-        moto.offline_paths(cfg, moto.Players(cfg, kitchen))
+    with pytest.raises(moto.UserError, match=words):
+        moto.offline_paths(cfg, moto.RolloutWorkers(cfg, kitchen))
 
 
 @needs_kitchen
@@ -2282,7 +2282,7 @@ def test_a_kitchen_run_whose_scripts_never_complete_all_four_ends_with_its_resul
 
 def test_kitchen_without_its_extra_names_the_command(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(moto.Trouble, match="pip install gymnasium-robotics"):
+    with pytest.raises(moto.UserError, match="pip install gymnasium-robotics"):
         moto.make_env(kitchen_config())
 
 

@@ -5,10 +5,10 @@
     python experiments/baselines.py --sweep --tasks drawer-open --variants iql cql sac --seeds 0 1 2
 
 Every command and flag of moto.py works here, and so do its own variants. Each class below is an
-agent with the interface of moto.Agent: `update(batch)` -> metrics, `acting`, the policy that plays
-episodes, and `promise(image)`, the value estimate at an episode's first image. It has MOTO's
-actor and critics, on an encoder of stacked images in place of the world model. The lines at the
-end add them to moto.py: an algorithm of your own is added in the same way.
+agent with the interface of moto.MOTO: `update(batch)` -> metrics, `ema_policy`, the policy that
+plays episodes, and `value_estimate(image)` at an episode's first image. It has MOTO's actor and
+critics, on an encoder of stacked images in place of the world model. The lines at the end add them
+to moto.py: an algorithm of your own is added in the same way.
 
 Axes and letters as in moto.py. T' = T - frames + 1: steps whose stack of images is complete.
 """
@@ -30,7 +30,7 @@ def expectile_loss(error, expectile, weight):
     return moto.weighted_mean((expectile - (error < 0).float()).abs() * error.square(), weight)
 
 
-class IQL(moto.Learner):
+class IQL(moto.Agent):
     """Implicit Q-learning: no action outside the data is ever asked for its value.
 
         V: expectile regression of Q(s, a) on the data;   Q(s, a) -> r + gamma V(s')
@@ -49,46 +49,46 @@ class IQL(moto.Learner):
         critic = moto.Critic(cfg, action_size)
         rates = {"encoder": cfg.actor_lr, "actor": cfg.actor_lr,
                  "critic": cfg.critic_lr, "value": cfg.critic_lr}
-        self.prepare(rates, encoder=encoder, actor=actor, acting=moto.StackPolicy(encoder, actor),
+        self.prepare(rates, encoder=encoder, actor=actor, ema_policy=moto.StackPolicy(encoder, actor),
                      critic=critic, target=copy.deepcopy(critic).requires_grad_(False),
                      value=moto.mlp(cfg.deter + cfg.stoch, cfg.hidden, 1))
 
     def update(self, batch):
-        """One step of everything; as moto.Agent.update."""
-        feat, batch = self.see(self.encoder, self.arrive(batch), self.cfg.shift)
+        """One step of everything; as moto.MOTO.update."""
+        feat, batch = self.encode_frames(self.encoder, self.prepare_batch(batch), self.cfg.shift)
         with self.autocast():
             loss, metrics = self.losses(feat, batch)
         metrics |= self.step(loss, *self.optimisers)
-        self.acting.follow(self.encoder, self.actor, self.cfg.acting_rate)
+        self.ema_policy.update_ema(self.encoder, self.actor, self.cfg.ema_rate)
         moto.update_target(self.target, self.critic, self.cfg.target_rate)
         return moto.as_numbers(metrics)
 
     def losses(self, feat, batch):
         """feat (B, T', F) of the stacked images, batch of (B, T', ...) -> loss, metrics."""
-        cfg, a, leaves, unit = self.cfg, batch["a"][:, 1:], batch["leaves"], self.critic.unit
+        cfg, a, valid, unit = self.cfg, batch["a"][:, 1:], batch["valid"], self.critic.unit
         q = self.target(feat[:, :-1].detach(), a).min(0).values
         V = unit * self.value(feat).float().squeeze(-1)
         advantage = q - V[:, :-1]
-        value = expectile_loss(advantage / unit, self.expectile, leaves)
-        y = moto.critic_target(batch["r"], batch["terminal"], V, cfg.gamma)
-        critic = moto.critic_loss(self.critic(feat[:, :-1], a), y, leaves, unit)
+        value = expectile_loss(advantage / unit, self.expectile, valid)
+        y = moto.critic_target(batch["r"], batch["is_terminal"], V, cfg.gamma)
+        critic = moto.critic_loss(self.critic(feat[:, :-1], a), y, valid, unit)
         worth = (self.temperature * advantage.detach()).exp().clamp(max=100)
         nll = moto.action_nll(self.actor, feat, batch["a"])
-        actor = moto.weighted_mean(worth * nll, leaves)
+        actor = moto.weighted_mean(worth * nll, valid)
         return value + critic + actor, {
-            "actor/behaviour_nll": moto.weighted_mean(nll, batch["imitated"]),
+            "actor/behaviour_nll": moto.weighted_mean(nll, batch["bc_mask"]),
             "critic/real": critic, "critic/value": value, "actor/value": V.mean() / unit,
-            "actor/weight": moto.weighted_mean(worth, leaves)}
+            "actor/weight": moto.weighted_mean(worth, valid)}
 
     @torch.no_grad()
-    def promise(self, image):
+    def value_estimate(self, image):
         """The critics' value estimate at an episode's first image (P, P, 3), times 1 - gamma."""
-        a, frames = self.acting.act(image)
+        a, frames = self.ema_policy.act(image)
         feat, a = self.encoder(torch.cat(frames, 1)), torch.as_tensor(a, device=self.device)[None]
         return float(self.target(feat, a).min() / self.target.unit)
 
 
-class CQL(moto.Learner):
+class CQL(moto.Agent):
     """Conservative Q-learning on soft actor-critic; with weight 0 it is soft actor-critic itself.
 
         Q(s, a) -> r + gamma (min Q(s', a') - tau ln pi(a'|s')),  a' ~ pi    plus, for each critic,
@@ -110,38 +110,38 @@ class CQL(moto.Learner):
         log_tau = nn.ParameterList([nn.Parameter(torch.tensor(math.log(0.1)))])
         rates = {"encoder": cfg.actor_lr, "actor": cfg.actor_lr,
                  "critic": cfg.critic_lr, "log_tau": cfg.actor_lr}
-        self.prepare(rates, encoder=encoder, actor=actor, acting=moto.StackPolicy(encoder, actor),
+        self.prepare(rates, encoder=encoder, actor=actor, ema_policy=moto.StackPolicy(encoder, actor),
                      critic=critic, target=copy.deepcopy(critic).requires_grad_(False),
                      log_tau=log_tau)
 
     def update(self, batch):
-        """One step of everything; as moto.Agent.update."""
-        feat, batch = self.see(self.encoder, self.arrive(batch), self.cfg.shift)
+        """One step of everything; as moto.MOTO.update."""
+        feat, batch = self.encode_frames(self.encoder, self.prepare_batch(batch), self.cfg.shift)
         with self.autocast():
             loss, metrics = self.losses(feat, batch)
         metrics |= self.step(loss, *self.optimisers)
-        self.acting.follow(self.encoder, self.actor, self.cfg.acting_rate)
+        self.ema_policy.update_ema(self.encoder, self.actor, self.cfg.ema_rate)
         moto.update_target(self.target, self.critic, self.cfg.target_rate)
         return moto.as_numbers(metrics)
 
     def losses(self, feat, batch):
         """feat (B, T', F) of the stacked images, batch of (B, T', ...) -> loss, metrics."""
-        cfg, a, leaves, unit = self.cfg, batch["a"][:, 1:], batch["leaves"], self.critic.unit
+        cfg, a, valid, unit = self.cfg, batch["a"][:, 1:], batch["valid"], self.critic.unit
         still, (log_tau,) = feat.detach(), self.log_tau
         policy = self.actor(still)
         mine, logp = policy.rsample(torch.randn_like(policy.mean))             # (B, T', A), (B, T')
         V = (self.target(still, mine).min(0).values - log_tau.exp() * logp).detach()
-        y = moto.critic_target(batch["r"], batch["terminal"], V, cfg.gamma)
+        y = moto.critic_target(batch["r"], batch["is_terminal"], V, cfg.gamma)
         q = self.critic(feat[:, :-1], a)
-        critic, gap = moto.critic_loss(q, y, leaves, unit), q.new_zeros(())
+        critic, gap = moto.critic_loss(q, y, valid, unit), q.new_zeros(())
         if self.cql_weight:
-            gap = sum(moto.weighted_mean(others - data, leaves)                # in `critic`'s unit
+            gap = sum(moto.weighted_mean(others - data, valid)                # in `critic`'s unit
                       for others, data in zip(self.integral(feat, policy), q)) / unit ** 2
         with moto.frozen(self.critic):
             hope = self.critic(still, mine).min(0).values
         actor = (log_tau.exp().detach() * logp - hope).mean() / unit
         balance = -log_tau * (logp.detach() - a.shape[-1]).mean()
-        nll = moto.behaviour_loss(self.actor, still, batch["a"], batch["imitated"])
+        nll = moto.behaviour_loss(self.actor, still, batch["a"], batch["bc_mask"])
         return critic + self.cql_weight * gap + actor + balance, {
             "actor/behaviour_nll": nll, "critic/real": critic, "critic/gap": gap * unit ** 2,
             "actor/value": hope.mean() / unit, "actor/entropy": -logp.mean(),
@@ -160,9 +160,9 @@ class CQL(moto.Learner):
         return (q - log_density).logsumexp(1) - math.log(len(actions))
 
     @torch.no_grad()
-    def promise(self, image):
+    def value_estimate(self, image):
         """The critics' value estimate at an episode's first image (P, P, 3), times 1 - gamma."""
-        a, frames = self.acting.act(image)
+        a, frames = self.ema_policy.act(image)
         feat, a = self.encoder(torch.cat(frames, 1)), torch.as_tensor(a, device=self.device)[None]
         return float(self.target(feat, a).min() / self.target.unit)
 
@@ -174,7 +174,7 @@ class SAC(CQL):
 
 # Outside of `if __name__ ...`, because the processes that play episodes import this file, too.
 for name, learner in {"iql": IQL, "cql": CQL, "sac": SAC}.items():
-    moto.LEARNERS[name] = learner
+    moto.AGENTS[name] = learner
     moto.VARIANTS[name] = {}                                         # changes no number of Config
 moto.PROGRAM = Path(__file__).resolve()                              # each run keeps a copy of it
 

@@ -52,13 +52,13 @@ def synthetic_replay(cfg, episodes):
     for _ in range(episodes):
         store.add({"image": rng.integers(0, 256, (L + 1, P, P, 3), np.uint8), "terminal": False,
                    "action": rng.uniform(-0.9, 0.9, (L, A)).astype(np.float32),
-                   "reward": (rng.random(L) < 0.1).astype(np.float32)}, shown=True)
+                   "reward": (rng.random(L) < 0.1).astype(np.float32)}, is_demo=True)
     return store
 
 
 def learner(cfg, compiled=False, warm=3):
     """An agent, and a call that updates it once on synthetic data; some updates warm it up."""
-    agent = moto.Agent(cfg, 4, False, cfg.device, compiled)
+    agent = moto.MOTO(cfg, 4, False, cfg.device, compiled)
     store, rng = synthetic_replay(cfg, 10), np.random.default_rng(0)
     update = lambda: agent.update(store.sample(rng, cfg.batch, cfg.length))
     for _ in range(warm):
@@ -78,13 +78,13 @@ def bench_forms(cfg, repeat=15):
         started = time.perf_counter()
         calls[name] = learner(form, compiled)[1]
         start[name] = time.perf_counter() - started
-    count, taken = flops(calls["plain"]), medians(calls, repeat, cfg.device)
+    count, timings = flops(calls["plain"]), medians(calls, repeat, cfg.device)
     peak = {form.precision: measured_peak(form) for form in (plain, cfg)}
     return count, {name: {
-        "precision": form.precision, "updates_per_second": 1 / taken[name],
-        "speedup_over_eager_fp32": taken["plain"] / taken[name],
+        "precision": form.precision, "updates_per_second": 1 / timings[name],
+        "speedup_over_eager_fp32": timings["plain"] / timings[name],
         "peak_gflops": peak[form.precision] / 1e9,
-        "fraction_of_peak": count / taken[name] / peak[form.precision],
+        "fraction_of_peak": count / timings[name] / peak[form.precision],
         "seconds_to_start": start[name]} for name, (form, _) in forms.items()}
 
 
@@ -95,7 +95,7 @@ def bench_parts(cfg, repeat=10):
     B, T, D, H = cfg.batch, cfg.length, cfg.deter, cfg.horizon
     sample = lambda: store.sample(rng, B, T)
     x = moto.to_image(sample()["image"], plain=not cfg.compile).flatten(0, 1)
-    batch = agent.arrive(sample())
+    batch = agent.prepare_batch(sample())
     feat = torch.randn(B, T, D + cfg.stoch, device=device)
     start = feat.flatten(0, 1)
     embed = torch.randn(B, T, cfg.hidden, device=device, requires_grad=True)
@@ -114,12 +114,12 @@ def bench_parts(cfg, repeat=10):
             nn.utils.clip_grad_norm_(agent.modules[name].parameters(), cfg.grad_clip)
             optimiser.step()
         moto.update_target(agent.target, agent.critic, cfg.target_rate)
-        agent.acting.follow(model, agent.actor, cfg.acting_rate)
+        agent.ema_policy.update_ema(model, agent.actor, cfg.ema_rate)
     calls = {
         "whole update": update, "optimisers": optimisers, "data": sample,
         "encoder": both_ways(lambda: model.encoder(x).float().sum()),
         "recurrent pass": lambda: sum(                          # one for the model, one to forget
-            everything(model.filter(embed * 1, batch["a"], batch["first"]))
+            everything(model.filter(embed * 1, batch["a"], batch["is_first"]))
             for _ in range(1 + bool(cfg.forget))).backward(),
         "model": both_ways(lambda: agent.model_terms(batch)[0], agent.actor),
         "imagination": both_ways(lambda: everything(
@@ -149,15 +149,15 @@ def bench_growth(cfg, repeat=4):
         for factor in (0.5, 1, 2):
             sizes = {name: max(2, round(factor * getattr(cfg, name))) for name in names}
             calls[f"{factor:g}x"] = learner(dataclasses.replace(cfg, **sizes), warm=1)[1]
-        taken = medians(calls, repeat, cfg.device)
-        table[label] = {size: 1e3 * seconds for size, seconds in taken.items()}
+        timings = medians(calls, repeat, cfg.device)
+        table[label] = {size: 1e3 * seconds for size, seconds in timings.items()}
     rng, calls = np.random.default_rng(0), {}
     for episodes in (10, 100, 1000):
         store = synthetic_replay(cfg, episodes)
         calls[f"{episodes} episodes"] = (
             lambda store=store: store.sample(rng, cfg.batch, cfg.length))
-    taken = medians(calls, 30, cfg.device)
-    return table | {"sampling": {size: 1e3 * seconds for size, seconds in taken.items()}}
+    timings = medians(calls, 30, cfg.device)
+    return table | {"sampling": {size: 1e3 * seconds for size, seconds in timings.items()}}
 
 
 def default_env(env):
@@ -197,10 +197,10 @@ def bench_env(cfg, steps=100):
 def bench(cfg):
     """Measure this config on this machine -> a dict, numbers rounded to four digits.
 
-    Raises Trouble for the model-free baselines, whose updates have none of these parts.
+    Raises UserError for the model-free baselines, whose updates have none of these parts.
     """
-    if cfg.variant in moto.LEARNERS:
-        raise moto.Trouble(f"the bench measures the parts of MOTO; {cfg.variant} has none of "
+    if cfg.variant in moto.AGENTS:
+        raise moto.UserError(f"the bench measures the parts of MOTO; {cfg.variant} has none of "
                            "them: choose another --variant")
     learner(cfg)
     result = {"machine": moto.machine(cfg.device), "torch": torch.__version__,
@@ -252,10 +252,10 @@ def main(argv=None):
     try:
         cfg, commands, _ = moto.parse(rest)
         if commands:
-            raise moto.Trouble(f"--{'/--'.join(commands)} is for moto.py, not for the bench")
+            raise moto.UserError(f"--{'/--'.join(commands)} is for moto.py, not for the bench")
         result = bench(cfg)
         print(json.dumps(result, indent=1) if options.json else as_table(result))
-    except moto.Trouble as trouble:
+    except moto.UserError as trouble:
         print(f"moto: {trouble}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
