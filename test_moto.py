@@ -1793,9 +1793,9 @@ def test_runs_are_grouped_by_configuration_and_those_without_a_score_left_out(fi
     (["--evaluate", "RUN", "--seed", "7"], ["--seed", "--evaluate", "--sweep, training"]),
     (["--evaluate", "RUN", "--plot", "RUN"], ["--evaluate", "--plot", "two commands"]),
     (["--plot", "RUN", "--alpha", "2"], ["--alpha", "--plot"]),
-    (["--episodes", "3"], ["--episodes", "training", "--evaluate"]),
-    (["--seeds", "3"], ["--seeds", "--sweep"]),
-    (["--sweep", "--seed", "1", "--seeds", "2"], ["--seed", "--seeds"]),
+    (["--episodes", "3", "--preset", "debug"], ["--episodes", "training", "--evaluate"]),
+    (["--seeds", "3", "--preset", "debug"], ["--seeds", "--sweep"]),
+    (["--sweep", "--seed", "1", "--seeds", "2", "--preset", "debug"], ["--seed", "--seeds"]),
 ])
 def test_a_flag_that_a_command_does_not_use_is_refused(finished, capsys, argv, words):
     one_sentence(capsys, [str(finished) if word == "RUN" else word for word in argv], *words)
