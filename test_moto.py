@@ -1844,7 +1844,7 @@ def test_a_replay_that_has_no_room_is_refused_before_demonstrations_are_made(cap
                                          (["--device", "cuda:9"], ["cuda:9", "--device cpu"]), (["--seed", str(2 ** 32)], ["--seed", "4294967296)"]),
                                          (["--seed", "-1"], ["--seed", "[0, "])])
 def test_devices_and_seeds_that_cannot_work_are_named(capsys, tmp_path, argv, words):
-    one_sentence(capsys, ["--logdir", tmp_path, *argv], *words)
+    one_sentence(capsys, ["--logdir", tmp_path, "--preset", "debug", *argv], *words)
 
 
 def test_home_in_paths_odd_terminals_and_threads(dots, tmp_path, monkeypatch):
