@@ -173,8 +173,6 @@ class Config:
     save_every: int = opt(250, "updates between checkpoints", "[1, inf)")
 
 
-
-
 PRESETS = {
     "laptop": {},
     "debug": dict(workers=1, episode_steps=60, demos=2, demo_noise=0.0, batch=4, length=8, channels=4,
@@ -228,6 +226,18 @@ class UserError(Exception):
 class EpisodeError(UserError):
     """An episode could not be played. What was learned is unharmed: a run saves it before it
     ends."""
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM arrived; raised at the next step boundary."""
+
+
+stop_requested = {"signal": None}
+
+
+def exit_if_asked():
+    if stop_requested["signal"]:
+        raise Stopped
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1313,6 +1323,30 @@ class Replay:
         return int(np.searchsorted(self.starts[part], self.size - length, "right"))
 
 
+def episode_score(cfg, reward):
+    """How good an episode's rewards (L,) are: their mean up to the time limit, as if it had kept
+    its largest reward from when it first had it -> that mean, and that step (counted from 0)."""
+    peak = int(reward.argmax())
+    kept = reward[:peak].sum() + max(1, cfg.episode_steps - peak) * reward[peak]
+    return float(kept) / cfg.episode_steps, peak
+
+
+def progress_mask(cfg, reward):
+    """Which actions (L,) of an episode with rewards (L,) the behaviour term imitates: those of
+    stretches of at most `imitate_ahead` steps at whose end the reward is higher than ever before in
+    the episode (0: all).
+
+    DEPARTURE, for data that do more than the task asks: a detour, or what comes after the last
+    object, is in the model's and the critics' data, but not what the policy is held to. Source:
+    imitation of the best actions alone, Chen et al. 2020 (BAIL); there a fitted return says which.
+    """
+    if not cfg.imitate_ahead:
+        return np.ones(len(reward), bool)
+    best = np.maximum.accumulate(np.append(0, reward))
+    took = np.diff(np.flatnonzero(np.diff(best) > 0), prepend=-1)             # steps from one rise to the next
+    return np.pad(np.repeat(took <= cfg.imitate_ahead, took), (0, len(reward) - took.sum()))
+
+
 def sample_batch(cfg, rng, replay):
     """B sequences: all offline before there is online data, then `offline_fraction` of them."""
     online = cfg.batch - round(cfg.offline_fraction * cfg.batch) if replay.choices("online", cfg.length) else 0
@@ -1511,6 +1545,147 @@ class MetaWorld:
 
     def close(self):
         self.camera.close()
+
+
+KITCHEN_EXTRA = "pip install gymnasium-robotics==1.4.2 'minari[hdf5,hf]==0.5.4' (the extra for Franka Kitchen)"
+OPEN, SHUT = 1.0, -1.0                                               # the action of both fingers
+# Object: the site that its way-points are relative to (m, world axes); the way-points with what the fingers
+# do there, where the work ends last; where to back off. A policy is less exact than a script, and later: a
+# push goes through the middle of what was measured to work, and the kettle's does no harm when it is kept up.
+SCRIPTS = {
+    "microwave": ("microhandle_site",
+                  [((.10, -.25, 0), OPEN), ((.03, -.15, 0), OPEN), ((.03, 0, 0), OPEN), ((.03, 0, 0), SHUT),
+                   ((-.10, -.25, 0), SHUT), ((-.3, -.4, 0), SHUT)], ((.05, -.15, .1), OPEN)),
+    "kettle": ("kettle_site",
+               [((.03, -.3, -.085), SHUT), ((.03, -.2, -.085), SHUT), ((.09, .1, -.085), SHUT)],
+               ((0, -.12, .05), SHUT)),
+    "bottom burner": ("knob2_site",
+                      [((-.07, -.03, -.18), SHUT), ((-.07, -.03, .065), SHUT), ((.02, -.03, .045), SHUT)],
+                      ((0, -.15, 0), SHUT)),
+    "top burner": ("knob4_site",
+                   [((-.06, -.25, .05), SHUT), ((-.06, -.03, .05), SHUT), ((.015, -.03, .03), SHUT)],
+                   ((0, -.15, 0), SHUT)),
+    "light switch": ("light_site",
+                     [((.08, -.15, .04), OPEN), ((.08, -.02, .04), OPEN), ((-.2, .01, .04), OPEN)],
+                     ((.1, -.15, .05), SHUT)),
+    "slide cabinet": ("slide_site",
+                      [((-.12, -.12, 0), SHUT), ((-.1, .03, 0), SHUT), ((.35, .03, 0), SHUT)],
+                      ((-.05, -.2, 0), SHUT)),
+}
+
+
+class Kitchen:
+    """Franka Kitchen through the authors' camera: an arm, nine velocities, four objects to be put
+    in place.
+
+    The reward is the number of the task's four objects that are in place at that step; success is
+    all four. No termination. Demonstrations are scripted: three of the task's own sub-tasks and
+    another one out of the six of SCRIPTS, in varying order, so that none is worth more than 3.
+    Sources: Gupta et al. 2019; D4RL.
+    """
+    action_size, terminates, max_demo_reward = 9, False, 3
+    view = {"azimuth": 90, "elevation": -60, "distance": 1.86, "lookat": [-0.3, 0.5, 2.0]}
+    tasks = {"kitchen-partial": ("microwave", "kettle", "light switch", "slide cabinet"),
+             "kitchen-mixed": ("microwave", "kettle", "bottom burner", "light switch")}
+
+    def __init__(self, cfg):
+        need("gymnasium_robotics", KITCHEN_EXTRA)
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):     # news of other robots
+            import gymnasium, gymnasium_robotics
+        gymnasium.register_envs(gymnasium_robotics)
+        self.targets, self.repeat = self.tasks[cfg.task], cfg.action_repeat
+        self.env = gymnasium.make("FrankaKitchen-v1", tasks_to_complete=list(self.targets),
+                                  terminate_on_tasks_completed=False, remove_task_when_completed=False)
+        self.env = self.env.unwrapped                                # our own time limit
+        self.model, self.data = self.env.model, self.env.data
+        self.camera = Camera(cfg, self.model, self.data, self.view)
+        self.render = self.camera.render
+
+    def describe(self):
+        name = "gymnasium-robotics"
+        code = "".join(map(inspect.getsource, (Kitchen.draw_sequence, Kitchen.play_script, Kitchen.reach)))
+        return self.camera.describe() | {name: importlib.metadata.version(name), "scripts": SCRIPTS,
+                                         "script code": hashlib.sha256(code.encode()).hexdigest()[:12]}
+
+    def reset(self, seed):
+        self.rng, self.script, self.sequence = np.random.default_rng(seed), None, []
+        self.env.reset(seed=int(self.rng.integers(2 ** 31)))
+        return self.render()
+
+    def step(self, action):
+        for _ in range(self.repeat):
+            _, reward, *_ = self.env.step(np.asarray(action, float))
+        self.demonstrated = all(map(self.in_place, self.sequence))
+        return self.render(), reward, False, False, reward == len(self.targets)
+
+    def restore(self, observation):
+        """Set a recorded observation (59,) back into the simulator -> image, reward there."""
+        self.env.robot_env.set_state(np.concatenate([observation[:9], observation[18:39]]),
+                                     np.concatenate([observation[9:18], observation[39:]]))
+        return self.render(), float(sum(map(self.in_place, self.targets)))
+
+    def in_place(self, name, within=0.3):
+        """Whether an object is near its goal; 0.3 is what the environment itself counts."""
+        from gymnasium_robotics.envs.franka_kitchen import kitchen_env
+        at = self.data.qpos[kitchen_env.OBS_ELEMENT_INDICES[name]]
+        return bool(np.linalg.norm(at - kitchen_env.OBS_ELEMENT_GOALS[name]) < within)
+
+    def draw_sequence(self):
+        """The task's own four, one replaced by what does not count, in an order that leans to the
+        task's."""
+        sequence, others = [*self.targets], [name for name in SCRIPTS if name not in self.targets]
+        sequence[self.rng.integers(4)] = others[self.rng.integers(len(others))]
+        return [sequence[i] for i in np.argsort(np.arange(4) + self.rng.uniform(0, 2, 4))]
+
+    def scripted_action(self):
+        if self.script is None:
+            self.sequence = self.sequence or self.draw_sequence()
+            self.script = self.play_script()
+        return next(self.script)
+
+    def play_script(self):
+        """The actions (9,) of a sequence of sub-tasks, then rest: one by one, as the scene changes.
+
+        A sub-task ends where the hand has arrived, slowly and within a centimetre, or half as far
+        from the goal as counts as in place. Where it ended in full swing, a policy late by a step
+        would push on.
+        """
+        for name in self.sequence:
+            site, (*way, (end, grip)), (back, fingers) = SCRIPTS[name]
+            origin = self.data.site(site).xpos.copy()
+            for offset, held in way:
+                yield from self.reach(origin + offset, held, 0.08)
+            yield from self.reach(origin + end, grip, 0.055, 0.01, lambda: self.in_place(name, 0.15))
+            yield from self.reach(self.data.site("end_effector").xpos + back, fingers, 0.08, most=12)
+        while True:
+            yield np.zeros(9)
+
+    def reach(self, target, fingers, speed, near=0.03, done=lambda: False, most=40):
+        """Actions towards a point (3,), at `speed` m a step, until within `near` m of it or done().
+
+        Damped least squares for the seven joints, a twentieth of the way back to the first posture
+        in what that leaves free, and near the target an integral term: the joints sag. Fingers get
+        four steps.
+        """
+        import mujoco
+        jacobian, error, missed = np.zeros((3, self.model.nv)), np.full(3, np.inf), np.zeros(3)
+        for step in range(most):
+            if (step >= 4 and np.linalg.norm(error) < near) or done():
+                return
+            error = target - self.data.site("end_effector").xpos
+            length = np.linalg.norm(error)
+            missed = missed + error if length < 0.08 else np.zeros(3)
+            wanted = (error + 0.1 * missed) * min(1, speed / length)
+            mujoco.mj_jacSite(self.model, self.data, jacobian, None, self.data.site("end_effector").id)
+            J = jacobian[:, :7]
+            inverse = J.T @ np.linalg.inv(J @ J.T + 1e-3 * np.eye(3))
+            posture = self.env.robot_env.init_qpos[:7] - self.data.qpos[:7]
+            joints = inverse @ wanted + (np.eye(7) - inverse @ J) @ (0.05 * posture)
+            yield np.clip(np.append(2.2 / 0.16 * joints, [fingers, fingers]), -1, 1)      # 0.16: a step at 1
+
+    def close(self):
+        self.camera.close()
+        self.env.close()
 
 
 def to_rgb(picture):
@@ -1733,44 +1908,283 @@ def offline_paths(cfg, workers):
     return paths
 
 
+def render_minari(cfg, workers):
+    """--data minari:ID: a recorded data set of states, rendered anew -> paths of episodes, cached.
+
+    States are set back into the simulator, and rewards counted for the task's four objects. Raises
+    UserError where the data set is missing, damaged, or for another robot.
+    """
+    if cfg.task not in Kitchen.tasks:
+        raise UserError(f"--data minari: is for {' and '.join(Kitchen.tasks)}; {cfg.task} takes a folder "
+                        "of .npz episodes")
+    need("minari", KITCHEN_EXTRA)
+    import minari
+    name = cfg.data.removeprefix("minari:")
+    try:
+        data = minari.load_dataset(name, download=True)
+        recorded = [(episode.observations, episode.actions) for episode in data.iterate_episodes()]
+    except Exception as error:                       # network, files, versions: whatever h5py or minari raise
+        raise UserError(f"the Minari data set {name!r} cannot be read ({type(error).__name__}: {error}); "
+                        "remove it and fetch it anew, as by: minari download D4RL/kitchen/mixed-v2") from None
+    recorded = [(seen.get("observation") if isinstance(seen, dict) else seen, actions)
+                for seen, actions in recorded]
+    for states, actions in recorded:
+        arrays = isinstance(states, np.ndarray) and isinstance(actions, np.ndarray)
+        if not (arrays and states.shape == (len(actions) + 1, 59) and actions.shape[1:] == (9,)
+                and states.dtype.kind == actions.dtype.kind == "f"
+                and np.isfinite(states).all() and np.isfinite(actions).all()):
+            found = [f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+                     for value in (states, actions)]
+            raise UserError(f"the Minari data set {name!r} has observations {found[0]} and actions "
+                            f"{found[1]}; Franka Kitchen has finite floats (L+1, 59) and (L, 9): choose "
+                            "another data set")
+    folder = cache_folder(cfg, workers.env, {"minari": name, "episodes": len(recorded)})
+    paths = [folder / f"episode{index:04d}.npz" for index in range(len(recorded))]
+    missing = [(path, *episode) for path, episode in zip(paths, recorded) if not path.exists()]
+    rendered = workers.each(render_recorded, missing)
+    for _ in tqdm(rendered, total=len(missing), desc="rendering", disable=not missing):
+        exit_if_asked()
+    return paths
+
+
+def render_recorded(cfg, env, recorded):
+    """Render one recorded episode (path, states (L+1, 59), actions (L, 9)) to its path."""
+    path, states, actions = recorded
+    env.reset(0)
+    images, rewards = zip(*map(env.restore, states))
+    save_episode(path, images, np.clip(actions, -1, 1), rewards[1:])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The two loops, and evaluation
+# ------------------------------------------------------------------------------------------------------------
+
+def pretrain(run):
+    """Offline: updates on the static data alone. Ends with the offline score."""
+    cfg, done = run.cfg, run.state["updates"]
+    with tqdm(total=cfg.offline_updates, initial=min(done, cfg.offline_updates), desc="offline") as bar:
+        while run.state["updates"] < cfg.offline_updates:
+            run.score_on_the_way()
+            run.update(bar, "offline")
+    if run.state["updates"] == cfg.offline_updates:
+        run.score("offline", cfg.final_episodes)
+        run.save()
+
+
+def finetune(run):
+    """Online: one episode with the sampled policy, then U updates on old and new data together;
+    again.
+
+    Ends with the final score, which is the offline score where there are no online episodes.
+    """
+    cfg, state = run.cfg, run.state
+    total = cfg.online_episodes * cfg.updates_per_episode
+    done = state["updates"] - cfg.offline_updates
+    with tqdm(total=total, initial=done, desc="online", disable=not total) as bar:
+        while state["updates"] < cfg.offline_updates + total:
+            state["scores"].pop("final", None)                                 # of a run that was shorter
+            run.score_on_the_way()
+            if state["updates"] == cfg.offline_updates + state["episodes"] * cfg.updates_per_episode:
+                collect_online(run)
+            run.update(bar, "online")
+    if state["updates"] == cfg.offline_updates:
+        state["scores"]["final"] = state["scores"]["offline"]
+    run.score("final", cfg.final_episodes)
+    run.save()
+
+
+def rollout(cfg, env, policy, seed, sample=False):
+    """One episode -> dict of image, action, reward, terminal as on disk, and success (at any step).
+
+    `sample`: latents and actions are drawn, from a generator of the episode's own; else the means
+    act.
+    """
+    own = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    generator = torch.Generator().manual_seed(own) if sample else None
+    image, carried = env.reset(seed), None
+    episode = {"image": [image], "action": [], "reward": [], "terminal": False, "success": False}
+    for _ in range(cfg.episode_steps):
+        a, carried = policy.act(image, carried, generator)
+        image, reward, episode["terminal"], over, success = env.step(a)
+        episode["image"].append(image), episode["action"].append(a), episode["reward"].append(reward)
+        episode["success"] |= success
+        exit_if_asked()
+        if over:                                                     # SHARP: over, not terminal: time limit
+            break
+    return episode
+
+
+class RolloutWorkers:
+    """Processes that play episodes, each with a simulator and a policy of its own, on one CPU core.
+
+    Simulation and software rendering use one core; with several players evaluation uses all of
+    them, and an episode can be played while the learner learns. With one worker all is played here,
+    in this process.
+    """
+
+    def __init__(self, cfg, env):
+        self.cfg, self.env, self.pool = cfg, env, None
+        if cfg.workers > 1:
+            context = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(cfg.workers, context, init_worker, (cfg,))
+            for _ in range(cfg.workers):                             # start them now: it takes seconds
+                self.pool.submit(os.getpid)
+
+    def play(self, policy, seeds, sample):
+        """Begin a `rollout` per seed with the policy's present weights; returns their results,
+        lazily.
+
+        Without processes they are played when asked for: the policy must not change before that.
+        """
+        if self.pool is None:
+            return (rollout(self.cfg, self.env, policy, seed, sample) for seed in seeds)
+        weights = {name: value.cpu().numpy().copy() for name, value in policy.state_dict().items()
+                   if not name.startswith(policy.idle)}
+        with self.alive():
+            futures = [self.pool.submit(play_here, weights, seed, sample) for seed in seeds]
+        return (self.result(future) for future in futures)
+
+    def each(self, function, items):
+        """function(cfg, env, item) for each item, in order: in the processes, or here when asked
+        for."""
+        if self.pool is None:
+            return (function(self.cfg, self.env, item) for item in items)
+        with self.alive():
+            futures = [self.pool.submit(call_here, function, item) for item in items]
+        return (self.result(future) for future in futures)
+
+    def result(self, future):
+        with self.alive():
+            return future.result()
+
+    @contextlib.contextmanager
+    def alive(self):
+        """Raises EpisodeError where a process has died."""
+        try:
+            yield
+        except BrokenExecutor:
+            raise EpisodeError("a process that plays episodes died (out of memory?); repeat the command with "
+                                 "--workers 1: it continues from the last checkpoint") from None
+
+    def started(self):
+        """Wait until a process is there. Raises UserError where they cannot start, before anything
+        is trained."""
+        try:
+            return self.pool and self.pool.submit(os.getpid).result()
+        except BrokenExecutor:
+            raise UserError("the processes that play episodes do not start; each imports the script that "
+                            "called moto.main, where that call needs `if __name__ == \"__main__\":` above "
+                            "it; or use --workers 1") from None
+
+    def peak_memory_gb(self):
+        """Of the processes together: one's, times their number; None where it cannot be had."""
+        if self.pool is None:
+            return 0.0
+        with contextlib.suppress(UserError):
+            one = self.result(self.pool.submit(peak_memory_gb))
+            return one and self.cfg.workers * one
+
+    def close(self):
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+
+worker = {}                          # in a rollout worker's process: cfg, and then env and policy
+
+
+def init_worker(cfg):
+    """The start of a rollout worker's process. It ends with its parent, even where that was
+    killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                     # Ctrl-C is the parent's to handle
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(1)
+    worker["cfg"] = cfg
+    try:
+        env = make_env(cfg)
+    except UserError as trouble:                                       # a task that only the parent knows
+        print(f"moto: in a process that plays episodes: {trouble}", file=sys.stderr, flush=True)
+        os._exit(2)
+    agent = make_agent(dataclasses.replace(cfg, device="cpu"), env.action_size, env.terminates, "cpu")
+    worker.update(env=env, policy=agent.ema_policy)
+
+
+def play_here(weights, seed, sample):
+    policy = worker["policy"]
+    policy.load_state_dict(policy.state_dict() | {name: torch.from_numpy(v) for name, v in weights.items()})
+    return rollout(worker["cfg"], worker["env"], worker["policy"], seed, sample)
+
+
+def call_here(function, item):
+    return function(worker["cfg"], worker["env"], item)
+
+
+def collect_online(run):
+    """Add one sampled episode to the replay; with cfg.lag, begin the next one at once.
+
+    DEPARTURE where lag is 1: an episode is played while the U updates before it run, hence by the
+    policy as it was before them. Its weights (`run.player`) are part of the checkpoint, so that an
+    episode cut short is repeated exactly.
+    """
+    cfg, state, started, index = run.cfg, run.state, time.perf_counter(), run.state["episodes"]
+
+    def begin(index):
+        run.playing = run.workers.play(run.player, [episode_seed(cfg, "online", index)], sample=True)
+    if not (cfg.lag and index):                                      # else it was chosen U updates ago
+        run.player.load_state_dict(run.agent.ema_policy.state_dict())
+    if run.playing is None:
+        begin(index)
+    episode = next(run.playing)
+    run.playing, success = None, episode.pop("success")
+    save_episode(run.episode_path(index), **episode)
+    run.add_online(index)
+    state["episodes"] += 1
+    state["env_steps"] += len(episode["action"])
+    if cfg.lag:
+        run.player.load_state_dict(run.agent.ema_policy.state_dict())
+        if index + 1 < cfg.online_episodes:
+            begin(index + 1)
+    run.clock("acting", started)
+    run.log({"episode": index, "episode/success": float(success), "episode/return": sum(episode["reward"])})
+
+
+def evaluate(cfg, workers, agent, episodes, first=0):
+    """Fresh episodes from the evaluation stream -> (result, the first four episodes).
+
+    Means act: they are more exact. Where a policy that missed a grasp stands still for ever, as on
+    bin-picking, cfg.eval_sample lets it try again elsewhere.
+
+    result: `success`, the share of episodes with any successful step; `return`, the discounted sum
+    of rewards up to the time limit; `infinite_horizon_return`, the same as if the last reward went
+    on for ever; and `value_estimate`, what the critics, who know no time limit, expected of that at
+    the first image (the penalty taken off), all three in units of 1 / (1 - gamma); `episodes`; for
+    Franka Kitchen also `completed`, the mean over episodes of the most objects in place at once,
+    and `counts`, how many episodes had 0, 1, ... 4.
+    """
+    rows, values, videos, most = [], [], [], []
+    seeds = [episode_seed(cfg, "evaluation", first + index) for index in range(episodes)]
+    played = workers.play(agent.ema_policy, seeds, sample=cfg.eval_sample)
+    for episode in tqdm(played, total=episodes, desc="evaluation", leave=False):
+        rewards, gamma = episode["reward"], cfg.gamma
+        discounted = (1 - gamma) * sum(gamma ** t * r for t, r in enumerate(rewards))
+        beyond = 0.0 if episode["terminal"] else gamma ** len(rewards) * rewards[-1]
+        rows.append((episode["success"], discounted, discounted + beyond))
+        most.append(int(max(episode["reward"])))
+        value = agent.value_estimate(episode["image"][0]) if agent.value_estimate else None
+        values += [value] if value is not None else []
+        videos = (videos + [episode])[:4]
+        exit_if_asked()
+    result = dict(zip(("success", "return", "infinite_horizon_return"), np.mean(rows, 0).tolist()))
+    if values:
+        result["value_estimate"] = float(np.mean(values))
+    if cfg.task in Kitchen.tasks:
+        result |= {"completed": float(np.mean(most)), "counts": np.bincount(most, minlength=5).tolist()}
+    return result | {"episodes": episodes}, videos
+
+
 # ------------------------------------------------------------------------------------------------------------
 # A run: its folder, its state, its checkpoint
 # ------------------------------------------------------------------------------------------------------------
-
-class Stopped(Exception):
-    """SIGINT or SIGTERM arrived; raised at the next step boundary."""
-
-
-stop_requested = {"signal": None}
-
-
-def exit_if_asked():
-    if stop_requested["signal"]:
-        raise Stopped
-
-
-@contextlib.contextmanager
-def signals_wait():
-    """Inside, Ctrl-C and SIGTERM wait for the next step boundary (minutes, while torch.compile is
-    at work); a second one does not. In a thread signals are not the program's, and nothing
-    changes."""
-    stop_requested["signal"] = None
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def note(number, frame):
-        if stop_requested["signal"]:
-            raise KeyboardInterrupt
-        stop_requested["signal"] = number
-        os.write(2, b"\nmoto: stopping after this step; Ctrl-C again: at once\n")     # print is not safe here
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
 
 @contextlib.contextmanager
 def decorative(what):
@@ -1795,30 +2209,6 @@ def differences(then, now, besides=MAY_CHANGE):
     pairs = {name: tuple(repr(config[name]) if name in config else "nothing" for config in (then, now))
              for name in {**then, **now} if name not in besides}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def episode_score(cfg, reward):
-    """How good an episode's rewards (L,) are: their mean up to the time limit, as if it had kept
-    its largest reward from when it first had it -> that mean, and that step (counted from 0)."""
-    peak = int(reward.argmax())
-    kept = reward[:peak].sum() + max(1, cfg.episode_steps - peak) * reward[peak]
-    return float(kept) / cfg.episode_steps, peak
-
-
-def progress_mask(cfg, reward):
-    """Which actions (L,) of an episode with rewards (L,) the behaviour term imitates: those of
-    stretches of at most `imitate_ahead` steps at whose end the reward is higher than ever before in
-    the episode (0: all).
-
-    DEPARTURE, for data that do more than the task asks: a detour, or what comes after the last
-    object, is in the model's and the critics' data, but not what the policy is held to. Source:
-    imitation of the best actions alone, Chen et al. 2020 (BAIL); there a fitted return says which.
-    """
-    if not cfg.imitate_ahead:
-        return np.ones(len(reward), bool)
-    best = np.maximum.accumulate(np.append(0, reward))
-    took = np.diff(np.flatnonzero(np.diff(best) > 0), prepend=-1)             # steps from one rise to the next
-    return np.pad(np.repeat(took <= cfg.imitate_ahead, took), (0, len(reward) - took.sum()))
 
 
 class Run:
@@ -2062,233 +2452,6 @@ class Run:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The two loops, and evaluation
-# ------------------------------------------------------------------------------------------------------------
-
-def pretrain(run):
-    """Offline: updates on the static data alone. Ends with the offline score."""
-    cfg, done = run.cfg, run.state["updates"]
-    with tqdm(total=cfg.offline_updates, initial=min(done, cfg.offline_updates), desc="offline") as bar:
-        while run.state["updates"] < cfg.offline_updates:
-            run.score_on_the_way()
-            run.update(bar, "offline")
-    if run.state["updates"] == cfg.offline_updates:
-        run.score("offline", cfg.final_episodes)
-        run.save()
-
-
-def finetune(run):
-    """Online: one episode with the sampled policy, then U updates on old and new data together;
-    again.
-
-    Ends with the final score, which is the offline score where there are no online episodes.
-    """
-    cfg, state = run.cfg, run.state
-    total = cfg.online_episodes * cfg.updates_per_episode
-    done = state["updates"] - cfg.offline_updates
-    with tqdm(total=total, initial=done, desc="online", disable=not total) as bar:
-        while state["updates"] < cfg.offline_updates + total:
-            state["scores"].pop("final", None)                                 # of a run that was shorter
-            run.score_on_the_way()
-            if state["updates"] == cfg.offline_updates + state["episodes"] * cfg.updates_per_episode:
-                collect_online(run)
-            run.update(bar, "online")
-    if state["updates"] == cfg.offline_updates:
-        state["scores"]["final"] = state["scores"]["offline"]
-    run.score("final", cfg.final_episodes)
-    run.save()
-
-
-def rollout(cfg, env, policy, seed, sample=False):
-    """One episode -> dict of image, action, reward, terminal as on disk, and success (at any step).
-
-    `sample`: latents and actions are drawn, from a generator of the episode's own; else the means
-    act.
-    """
-    own = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    generator = torch.Generator().manual_seed(own) if sample else None
-    image, carried = env.reset(seed), None
-    episode = {"image": [image], "action": [], "reward": [], "terminal": False, "success": False}
-    for _ in range(cfg.episode_steps):
-        a, carried = policy.act(image, carried, generator)
-        image, reward, episode["terminal"], over, success = env.step(a)
-        episode["image"].append(image), episode["action"].append(a), episode["reward"].append(reward)
-        episode["success"] |= success
-        exit_if_asked()
-        if over:                                                     # SHARP: over, not terminal: time limit
-            break
-    return episode
-
-
-class RolloutWorkers:
-    """Processes that play episodes, each with a simulator and a policy of its own, on one CPU core.
-
-    Simulation and software rendering use one core; with several players evaluation uses all of
-    them, and an episode can be played while the learner learns. With one worker all is played here,
-    in this process.
-    """
-
-    def __init__(self, cfg, env):
-        self.cfg, self.env, self.pool = cfg, env, None
-        if cfg.workers > 1:
-            context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(cfg.workers, context, init_worker, (cfg,))
-            for _ in range(cfg.workers):                             # start them now: it takes seconds
-                self.pool.submit(os.getpid)
-
-    def play(self, policy, seeds, sample):
-        """Begin a `rollout` per seed with the policy's present weights; returns their results,
-        lazily.
-
-        Without processes they are played when asked for: the policy must not change before that.
-        """
-        if self.pool is None:
-            return (rollout(self.cfg, self.env, policy, seed, sample) for seed in seeds)
-        weights = {name: value.cpu().numpy().copy() for name, value in policy.state_dict().items()
-                   if not name.startswith(policy.idle)}
-        with self.alive():
-            futures = [self.pool.submit(play_here, weights, seed, sample) for seed in seeds]
-        return (self.result(future) for future in futures)
-
-    def each(self, function, items):
-        """function(cfg, env, item) for each item, in order: in the processes, or here when asked
-        for."""
-        if self.pool is None:
-            return (function(self.cfg, self.env, item) for item in items)
-        with self.alive():
-            futures = [self.pool.submit(call_here, function, item) for item in items]
-        return (self.result(future) for future in futures)
-
-    def result(self, future):
-        with self.alive():
-            return future.result()
-
-    @contextlib.contextmanager
-    def alive(self):
-        """Raises EpisodeError where a process has died."""
-        try:
-            yield
-        except BrokenExecutor:
-            raise EpisodeError("a process that plays episodes died (out of memory?); repeat the command with "
-                                 "--workers 1: it continues from the last checkpoint") from None
-
-    def started(self):
-        """Wait until a process is there. Raises UserError where they cannot start, before anything
-        is trained."""
-        try:
-            return self.pool and self.pool.submit(os.getpid).result()
-        except BrokenExecutor:
-            raise UserError("the processes that play episodes do not start; each imports the script that "
-                            "called moto.main, where that call needs `if __name__ == \"__main__\":` above "
-                            "it; or use --workers 1") from None
-
-    def peak_memory_gb(self):
-        """Of the processes together: one's, times their number; None where it cannot be had."""
-        if self.pool is None:
-            return 0.0
-        with contextlib.suppress(UserError):
-            one = self.result(self.pool.submit(peak_memory_gb))
-            return one and self.cfg.workers * one
-
-    def close(self):
-        if self.pool:
-            self.pool.shutdown(cancel_futures=True)
-
-
-worker = {}                          # in a rollout worker's process: cfg, and then env and policy
-
-
-def init_worker(cfg):
-    """The start of a rollout worker's process. It ends with its parent, even where that was
-    killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                     # Ctrl-C is the parent's to handle
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    torch.set_num_threads(1)
-    worker["cfg"] = cfg
-    try:
-        env = make_env(cfg)
-    except UserError as trouble:                                       # a task that only the parent knows
-        print(f"moto: in a process that plays episodes: {trouble}", file=sys.stderr, flush=True)
-        os._exit(2)
-    agent = make_agent(dataclasses.replace(cfg, device="cpu"), env.action_size, env.terminates, "cpu")
-    worker.update(env=env, policy=agent.ema_policy)
-
-
-def play_here(weights, seed, sample):
-    policy = worker["policy"]
-    policy.load_state_dict(policy.state_dict() | {name: torch.from_numpy(v) for name, v in weights.items()})
-    return rollout(worker["cfg"], worker["env"], worker["policy"], seed, sample)
-
-
-def call_here(function, item):
-    return function(worker["cfg"], worker["env"], item)
-
-
-def collect_online(run):
-    """Add one sampled episode to the replay; with cfg.lag, begin the next one at once.
-
-    DEPARTURE where lag is 1: an episode is played while the U updates before it run, hence by the
-    policy as it was before them. Its weights (`run.player`) are part of the checkpoint, so that an
-    episode cut short is repeated exactly.
-    """
-    cfg, state, started, index = run.cfg, run.state, time.perf_counter(), run.state["episodes"]
-
-    def begin(index):
-        run.playing = run.workers.play(run.player, [episode_seed(cfg, "online", index)], sample=True)
-    if not (cfg.lag and index):                                      # else it was chosen U updates ago
-        run.player.load_state_dict(run.agent.ema_policy.state_dict())
-    if run.playing is None:
-        begin(index)
-    episode = next(run.playing)
-    run.playing, success = None, episode.pop("success")
-    save_episode(run.episode_path(index), **episode)
-    run.add_online(index)
-    state["episodes"] += 1
-    state["env_steps"] += len(episode["action"])
-    if cfg.lag:
-        run.player.load_state_dict(run.agent.ema_policy.state_dict())
-        if index + 1 < cfg.online_episodes:
-            begin(index + 1)
-    run.clock("acting", started)
-    run.log({"episode": index, "episode/success": float(success), "episode/return": sum(episode["reward"])})
-
-
-def evaluate(cfg, workers, agent, episodes, first=0):
-    """Fresh episodes from the evaluation stream -> (result, the first four episodes).
-
-    Means act: they are more exact. Where a policy that missed a grasp stands still for ever, as on
-    bin-picking, cfg.eval_sample lets it try again elsewhere.
-
-    result: `success`, the share of episodes with any successful step; `return`, the discounted sum
-    of rewards up to the time limit; `infinite_horizon_return`, the same as if the last reward went
-    on for ever; and `value_estimate`, what the critics, who know no time limit, expected of that at
-    the first image (the penalty taken off), all three in units of 1 / (1 - gamma); `episodes`; for
-    Franka Kitchen also `completed`, the mean over episodes of the most objects in place at once,
-    and `counts`, how many episodes had 0, 1, ... 4.
-    """
-    rows, values, videos, most = [], [], [], []
-    seeds = [episode_seed(cfg, "evaluation", first + index) for index in range(episodes)]
-    played = workers.play(agent.ema_policy, seeds, sample=cfg.eval_sample)
-    for episode in tqdm(played, total=episodes, desc="evaluation", leave=False):
-        rewards, gamma = episode["reward"], cfg.gamma
-        discounted = (1 - gamma) * sum(gamma ** t * r for t, r in enumerate(rewards))
-        beyond = 0.0 if episode["terminal"] else gamma ** len(rewards) * rewards[-1]
-        rows.append((episode["success"], discounted, discounted + beyond))
-        most.append(int(max(episode["reward"])))
-        value = agent.value_estimate(episode["image"][0]) if agent.value_estimate else None
-        values += [value] if value is not None else []
-        videos = (videos + [episode])[:4]
-        exit_if_asked()
-    result = dict(zip(("success", "return", "infinite_horizon_return"), np.mean(rows, 0).tolist()))
-    if values:
-        result["value_estimate"] = float(np.mean(values))
-    if cfg.task in Kitchen.tasks:
-        result |= {"completed": float(np.mean(most)), "counts": np.bincount(most, minlength=5).tolist()}
-    return result | {"episodes": episodes}, videos
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Pictures
 # ------------------------------------------------------------------------------------------------------------
 
@@ -2380,6 +2543,61 @@ def draw_prediction(agent, episode, path, steps=44, every=4):
     axes[3].legend(fontsize=8, loc="upper left", ncols=4)
     axes[0].set_title("Open-loop video prediction of an episode it was not trained on", fontsize=10)
     save_figure(fig, path)
+
+
+def all_four(cfg, env):
+    """A scripted episode of all the task's sub-tasks, as no demonstration shows it: a dict as
+    `rollout`'s."""
+    env.draw_sequence = lambda: list(env.targets)
+    try:
+        for index in range(10):
+            image, action, reward, _ = demonstrate(cfg, env, episode_seed(cfg, "evaluation", 20_000 + index))
+            if max(reward) == len(env.targets):
+                return {"image": image, "action": [np.float32(a) for a in action], "reward": reward}
+    finally:
+        del env.draw_sequence
+    raise UserError(f"10 scripted attempts at all of {cfg.task} failed in {cfg.episode_steps} steps; raise "
+                    "--episode-steps")
+
+
+@torch.no_grad()
+def draw_combination(cfg, env, agent, path, dreams=64, steps=200):
+    """combination.png, the paper's Figure 4: does the model know what it has never seen, all four
+    in place?
+
+    Above: a scripted episode of all four, filtered; the model's reward for it against the true one.
+    Below: the policy's own dreams from that first image, with the weights and the mean actions it
+    acts by: `dreams` of them, which differ in the states drawn, and frames of the most rewarded
+    one. Returns the largest predicted reward of each: {"predicted_unseen", "dreamt"}.
+    """
+    def actor(feat):
+        return TanhNormal(agent.ema_policy.actor(feat).mean, torch.full((1,), 1e-6, device=feat.device))
+
+    model, episode = agent.ema_policy.model, all_four(cfg, env)
+    x, a, is_first = as_sequence(agent, episode)
+    h, z, *_ = (v[0] for v in model.observe(x, a, is_first))
+    predicted = model.expected_reward(torch.cat([h, z], -1)).cpu()
+    dream = imagine(model, actor, h[:1].repeat(dreams, 1), z[:1].repeat(dreams, 1), steps)["feat"]
+    dreamt = model.expected_reward(dream).cpu()                      # (steps + 1, dreams)
+    best = int(dreamt.amax(0).argmax())
+    fig, axes = figure(13, 8, 4, 1, height_ratios=[1, 1.6, 1, 1.6])
+    for axis, images, title in (
+            (axes[0], to_uint8(x[0]), "a scripted episode of all four sub-tasks, as no demonstration shows it"),
+            (axes[2], to_uint8(model.decoder(dream[:, best])),
+             "the policy's most rewarded dream from that first image")):
+        shown = np.linspace(0, len(images) - 1, 12).astype(int)
+        axis.imshow(np.concatenate(images[shown], 1))
+        axis.set(xticks=(np.arange(12) + 0.5) * images.shape[2], yticks=[])
+        axis.set_xticklabels(shown), axis.set_title(title, fontsize=10)
+    axes[1].plot([0, *episode["reward"]], color="black", label="true reward: objects in place")
+    axes[1].plot(predicted, color="tab:green", label="the model's")
+    axes[3].plot(dreamt, color="tab:green", lw=0.6, alpha=0.5)
+    axes[3].plot(dreamt[:, best], color="black", label=f"the model's, in {dreams} dreams (black: this one)")
+    for axis in (axes[1], axes[3]):
+        axis.axhline(env.max_demo_reward, color="tab:red", ls=":", label="the most in any demonstration")
+        axis.set(ylim=(-0.3, 4.5), xlabel="agent step"), axis.legend(fontsize=8, loc="upper left")
+    save_figure(fig, path)
+    return {"predicted_unseen": float(predicted.max()), "dreamt": float(dreamt.max())}
 
 
 @torch.no_grad()
@@ -3067,6 +3285,29 @@ def evaluate_run(logdir, episodes):
                       "updates": run.state["updates"]} | result))
 
 
+@contextlib.contextmanager
+def signals_wait():
+    """Inside, Ctrl-C and SIGTERM wait for the next step boundary (minutes, while torch.compile is
+    at work); a second one does not. In a thread signals are not the program's, and nothing
+    changes."""
+    stop_requested["signal"] = None
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(number, frame):
+        if stop_requested["signal"]:
+            raise KeyboardInterrupt
+        stop_requested["signal"] = number
+        os.write(2, b"\nmoto: stopping after this step; Ctrl-C again: at once\n")     # print is not safe here
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(argv=None):
     """Returns the exit code: 0 done, 2 trouble, 130 / 143 stopped and saved after Ctrl-C /
     SIGTERM."""
@@ -3098,253 +3339,6 @@ def main(argv=None):
         except BrokenPipeError:                                        # `| head` has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Franka Kitchen
-# ------------------------------------------------------------------------------------------------------------
-
-KITCHEN_EXTRA = "pip install gymnasium-robotics==1.4.2 'minari[hdf5,hf]==0.5.4' (the extra for Franka Kitchen)"
-OPEN, SHUT = 1.0, -1.0                                               # the action of both fingers
-# Object: the site that its way-points are relative to (m, world axes); the way-points with what the fingers
-# do there, where the work ends last; where to back off. A policy is less exact than a script, and later: a
-# push goes through the middle of what was measured to work, and the kettle's does no harm when it is kept up.
-SCRIPTS = {
-    "microwave": ("microhandle_site",
-                  [((.10, -.25, 0), OPEN), ((.03, -.15, 0), OPEN), ((.03, 0, 0), OPEN), ((.03, 0, 0), SHUT),
-                   ((-.10, -.25, 0), SHUT), ((-.3, -.4, 0), SHUT)], ((.05, -.15, .1), OPEN)),
-    "kettle": ("kettle_site",
-               [((.03, -.3, -.085), SHUT), ((.03, -.2, -.085), SHUT), ((.09, .1, -.085), SHUT)],
-               ((0, -.12, .05), SHUT)),
-    "bottom burner": ("knob2_site",
-                      [((-.07, -.03, -.18), SHUT), ((-.07, -.03, .065), SHUT), ((.02, -.03, .045), SHUT)],
-                      ((0, -.15, 0), SHUT)),
-    "top burner": ("knob4_site",
-                   [((-.06, -.25, .05), SHUT), ((-.06, -.03, .05), SHUT), ((.015, -.03, .03), SHUT)],
-                   ((0, -.15, 0), SHUT)),
-    "light switch": ("light_site",
-                     [((.08, -.15, .04), OPEN), ((.08, -.02, .04), OPEN), ((-.2, .01, .04), OPEN)],
-                     ((.1, -.15, .05), SHUT)),
-    "slide cabinet": ("slide_site",
-                      [((-.12, -.12, 0), SHUT), ((-.1, .03, 0), SHUT), ((.35, .03, 0), SHUT)],
-                      ((-.05, -.2, 0), SHUT)),
-}
-
-
-class Kitchen:
-    """Franka Kitchen through the authors' camera: an arm, nine velocities, four objects to be put
-    in place.
-
-    The reward is the number of the task's four objects that are in place at that step; success is
-    all four. No termination. Demonstrations are scripted: three of the task's own sub-tasks and
-    another one out of the six of SCRIPTS, in varying order, so that none is worth more than 3.
-    Sources: Gupta et al. 2019; D4RL.
-    """
-    action_size, terminates, max_demo_reward = 9, False, 3
-    view = {"azimuth": 90, "elevation": -60, "distance": 1.86, "lookat": [-0.3, 0.5, 2.0]}
-    tasks = {"kitchen-partial": ("microwave", "kettle", "light switch", "slide cabinet"),
-             "kitchen-mixed": ("microwave", "kettle", "bottom burner", "light switch")}
-
-    def __init__(self, cfg):
-        need("gymnasium_robotics", KITCHEN_EXTRA)
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):     # news of other robots
-            import gymnasium, gymnasium_robotics
-        gymnasium.register_envs(gymnasium_robotics)
-        self.targets, self.repeat = self.tasks[cfg.task], cfg.action_repeat
-        self.env = gymnasium.make("FrankaKitchen-v1", tasks_to_complete=list(self.targets),
-                                  terminate_on_tasks_completed=False, remove_task_when_completed=False)
-        self.env = self.env.unwrapped                                # our own time limit
-        self.model, self.data = self.env.model, self.env.data
-        self.camera = Camera(cfg, self.model, self.data, self.view)
-        self.render = self.camera.render
-
-    def describe(self):
-        name = "gymnasium-robotics"
-        code = "".join(map(inspect.getsource, (Kitchen.draw_sequence, Kitchen.play_script, Kitchen.reach)))
-        return self.camera.describe() | {name: importlib.metadata.version(name), "scripts": SCRIPTS,
-                                         "script code": hashlib.sha256(code.encode()).hexdigest()[:12]}
-
-    def reset(self, seed):
-        self.rng, self.script, self.sequence = np.random.default_rng(seed), None, []
-        self.env.reset(seed=int(self.rng.integers(2 ** 31)))
-        return self.render()
-
-    def step(self, action):
-        for _ in range(self.repeat):
-            _, reward, *_ = self.env.step(np.asarray(action, float))
-        self.demonstrated = all(map(self.in_place, self.sequence))
-        return self.render(), reward, False, False, reward == len(self.targets)
-
-    def restore(self, observation):
-        """Set a recorded observation (59,) back into the simulator -> image, reward there."""
-        self.env.robot_env.set_state(np.concatenate([observation[:9], observation[18:39]]),
-                                     np.concatenate([observation[9:18], observation[39:]]))
-        return self.render(), float(sum(map(self.in_place, self.targets)))
-
-    def in_place(self, name, within=0.3):
-        """Whether an object is near its goal; 0.3 is what the environment itself counts."""
-        from gymnasium_robotics.envs.franka_kitchen import kitchen_env
-        at = self.data.qpos[kitchen_env.OBS_ELEMENT_INDICES[name]]
-        return bool(np.linalg.norm(at - kitchen_env.OBS_ELEMENT_GOALS[name]) < within)
-
-    def draw_sequence(self):
-        """The task's own four, one replaced by what does not count, in an order that leans to the
-        task's."""
-        sequence, others = [*self.targets], [name for name in SCRIPTS if name not in self.targets]
-        sequence[self.rng.integers(4)] = others[self.rng.integers(len(others))]
-        return [sequence[i] for i in np.argsort(np.arange(4) + self.rng.uniform(0, 2, 4))]
-
-    def scripted_action(self):
-        if self.script is None:
-            self.sequence = self.sequence or self.draw_sequence()
-            self.script = self.play_script()
-        return next(self.script)
-
-    def play_script(self):
-        """The actions (9,) of a sequence of sub-tasks, then rest: one by one, as the scene changes.
-
-        A sub-task ends where the hand has arrived, slowly and within a centimetre, or half as far
-        from the goal as counts as in place. Where it ended in full swing, a policy late by a step
-        would push on.
-        """
-        for name in self.sequence:
-            site, (*way, (end, grip)), (back, fingers) = SCRIPTS[name]
-            origin = self.data.site(site).xpos.copy()
-            for offset, held in way:
-                yield from self.reach(origin + offset, held, 0.08)
-            yield from self.reach(origin + end, grip, 0.055, 0.01, lambda: self.in_place(name, 0.15))
-            yield from self.reach(self.data.site("end_effector").xpos + back, fingers, 0.08, most=12)
-        while True:
-            yield np.zeros(9)
-
-    def reach(self, target, fingers, speed, near=0.03, done=lambda: False, most=40):
-        """Actions towards a point (3,), at `speed` m a step, until within `near` m of it or done().
-
-        Damped least squares for the seven joints, a twentieth of the way back to the first posture
-        in what that leaves free, and near the target an integral term: the joints sag. Fingers get
-        four steps.
-        """
-        import mujoco
-        jacobian, error, missed = np.zeros((3, self.model.nv)), np.full(3, np.inf), np.zeros(3)
-        for step in range(most):
-            if (step >= 4 and np.linalg.norm(error) < near) or done():
-                return
-            error = target - self.data.site("end_effector").xpos
-            length = np.linalg.norm(error)
-            missed = missed + error if length < 0.08 else np.zeros(3)
-            wanted = (error + 0.1 * missed) * min(1, speed / length)
-            mujoco.mj_jacSite(self.model, self.data, jacobian, None, self.data.site("end_effector").id)
-            J = jacobian[:, :7]
-            inverse = J.T @ np.linalg.inv(J @ J.T + 1e-3 * np.eye(3))
-            posture = self.env.robot_env.init_qpos[:7] - self.data.qpos[:7]
-            joints = inverse @ wanted + (np.eye(7) - inverse @ J) @ (0.05 * posture)
-            yield np.clip(np.append(2.2 / 0.16 * joints, [fingers, fingers]), -1, 1)      # 0.16: a step at 1
-
-    def close(self):
-        self.camera.close()
-        self.env.close()
-
-
-def render_minari(cfg, workers):
-    """--data minari:ID: a recorded data set of states, rendered anew -> paths of episodes, cached.
-
-    States are set back into the simulator, and rewards counted for the task's four objects. Raises
-    UserError where the data set is missing, damaged, or for another robot.
-    """
-    if cfg.task not in Kitchen.tasks:
-        raise UserError(f"--data minari: is for {' and '.join(Kitchen.tasks)}; {cfg.task} takes a folder "
-                        "of .npz episodes")
-    need("minari", KITCHEN_EXTRA)
-    import minari
-    name = cfg.data.removeprefix("minari:")
-    try:
-        data = minari.load_dataset(name, download=True)
-        recorded = [(episode.observations, episode.actions) for episode in data.iterate_episodes()]
-    except Exception as error:                       # network, files, versions: whatever h5py or minari raise
-        raise UserError(f"the Minari data set {name!r} cannot be read ({type(error).__name__}: {error}); "
-                        "remove it and fetch it anew, as by: minari download D4RL/kitchen/mixed-v2") from None
-    recorded = [(seen.get("observation") if isinstance(seen, dict) else seen, actions)
-                for seen, actions in recorded]
-    for states, actions in recorded:
-        arrays = isinstance(states, np.ndarray) and isinstance(actions, np.ndarray)
-        if not (arrays and states.shape == (len(actions) + 1, 59) and actions.shape[1:] == (9,)
-                and states.dtype.kind == actions.dtype.kind == "f"
-                and np.isfinite(states).all() and np.isfinite(actions).all()):
-            found = [f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
-                     for value in (states, actions)]
-            raise UserError(f"the Minari data set {name!r} has observations {found[0]} and actions "
-                            f"{found[1]}; Franka Kitchen has finite floats (L+1, 59) and (L, 9): choose "
-                            "another data set")
-    folder = cache_folder(cfg, workers.env, {"minari": name, "episodes": len(recorded)})
-    paths = [folder / f"episode{index:04d}.npz" for index in range(len(recorded))]
-    missing = [(path, *episode) for path, episode in zip(paths, recorded) if not path.exists()]
-    rendered = workers.each(render_recorded, missing)
-    for _ in tqdm(rendered, total=len(missing), desc="rendering", disable=not missing):
-        exit_if_asked()
-    return paths
-
-
-def render_recorded(cfg, env, recorded):
-    """Render one recorded episode (path, states (L+1, 59), actions (L, 9)) to its path."""
-    path, states, actions = recorded
-    env.reset(0)
-    images, rewards = zip(*map(env.restore, states))
-    save_episode(path, images, np.clip(actions, -1, 1), rewards[1:])
-
-
-def all_four(cfg, env):
-    """A scripted episode of all the task's sub-tasks, as no demonstration shows it: a dict as
-    `rollout`'s."""
-    env.draw_sequence = lambda: list(env.targets)
-    try:
-        for index in range(10):
-            image, action, reward, _ = demonstrate(cfg, env, episode_seed(cfg, "evaluation", 20_000 + index))
-            if max(reward) == len(env.targets):
-                return {"image": image, "action": [np.float32(a) for a in action], "reward": reward}
-    finally:
-        del env.draw_sequence
-    raise UserError(f"10 scripted attempts at all of {cfg.task} failed in {cfg.episode_steps} steps; raise "
-                    "--episode-steps")
-
-
-@torch.no_grad()
-def draw_combination(cfg, env, agent, path, dreams=64, steps=200):
-    """combination.png, the paper's Figure 4: does the model know what it has never seen, all four
-    in place?
-
-    Above: a scripted episode of all four, filtered; the model's reward for it against the true one.
-    Below: the policy's own dreams from that first image, with the weights and the mean actions it
-    acts by: `dreams` of them, which differ in the states drawn, and frames of the most rewarded
-    one. Returns the largest predicted reward of each: {"predicted_unseen", "dreamt"}.
-    """
-    def actor(feat):
-        return TanhNormal(agent.ema_policy.actor(feat).mean, torch.full((1,), 1e-6, device=feat.device))
-
-    model, episode = agent.ema_policy.model, all_four(cfg, env)
-    x, a, is_first = as_sequence(agent, episode)
-    h, z, *_ = (v[0] for v in model.observe(x, a, is_first))
-    predicted = model.expected_reward(torch.cat([h, z], -1)).cpu()
-    dream = imagine(model, actor, h[:1].repeat(dreams, 1), z[:1].repeat(dreams, 1), steps)["feat"]
-    dreamt = model.expected_reward(dream).cpu()                      # (steps + 1, dreams)
-    best = int(dreamt.amax(0).argmax())
-    fig, axes = figure(13, 8, 4, 1, height_ratios=[1, 1.6, 1, 1.6])
-    for axis, images, title in (
-            (axes[0], to_uint8(x[0]), "a scripted episode of all four sub-tasks, as no demonstration shows it"),
-            (axes[2], to_uint8(model.decoder(dream[:, best])),
-             "the policy's most rewarded dream from that first image")):
-        shown = np.linspace(0, len(images) - 1, 12).astype(int)
-        axis.imshow(np.concatenate(images[shown], 1))
-        axis.set(xticks=(np.arange(12) + 0.5) * images.shape[2], yticks=[])
-        axis.set_xticklabels(shown), axis.set_title(title, fontsize=10)
-    axes[1].plot([0, *episode["reward"]], color="black", label="true reward: objects in place")
-    axes[1].plot(predicted, color="tab:green", label="the model's")
-    axes[3].plot(dreamt, color="tab:green", lw=0.6, alpha=0.5)
-    axes[3].plot(dreamt[:, best], color="black", label=f"the model's, in {dreams} dreams (black: this one)")
-    for axis in (axes[1], axes[3]):
-        axis.axhline(env.max_demo_reward, color="tab:red", ls=":", label="the most in any demonstration")
-        axis.set(ylim=(-0.3, 4.5), xlabel="agent step"), axis.legend(fontsize=8, loc="upper left")
-    save_figure(fig, path)
-    return {"predicted_unseen": float(predicted.max()), "dreamt": float(dreamt.max())}
 
 
 if __name__ == "__main__":
