@@ -1255,13 +1255,11 @@ def load_episode(path, image_size, action_size):
             "terminal": bool(terminal)}
 
 
-def fingerprint(episodes):
-    """A digest of the content of episodes, dicts as from load_episode."""
-    digest = hashlib.sha256()
-    for episode in episodes:
-        for name in ("image", "action", "reward", "terminal"):
-            digest.update(np.ascontiguousarray(episode[name]))
-    return digest.hexdigest()
+def count_steps(path):
+    """The number of images in an episode's file; 0 where it cannot be read, which load_episode explains."""
+    with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:
+        return len(file["reward"]) + 1
+    return 0
 
 
 class Replay:
@@ -1967,6 +1965,7 @@ def pretrain(run):
             run.score_on_the_way()
             run.update(bar, "offline")
     if run.state["updates"] == cfg.offline_updates:
+        run.save()                                                   # a score has a checkpoint beside it
         run.score("offline", cfg.final_episodes)
         run.save()
 
@@ -2017,7 +2016,7 @@ def rollout(cfg, env, policy, seed, sample=False):
 class RolloutWorkers:
     """Processes that play episodes, each with a simulator and a policy of its own, on one CPU core.
 
-    Simulation and software rendering use one core; with several players evaluation uses all of
+    Simulation and software rendering use one core; with several workers evaluation uses all of
     them, and an episode can be played while the learner learns. With one worker all is played here,
     in this process.
     """
@@ -2063,6 +2062,7 @@ class RolloutWorkers:
         try:
             yield
         except BrokenExecutor:
+            exit_if_asked()                                          # the signal went to all of them
             raise EpisodeError("a process that plays episodes died (out of memory?); repeat the command with "
                                  "--workers 1: it continues from the last checkpoint") from None
 
@@ -2072,15 +2072,16 @@ class RolloutWorkers:
         try:
             return self.pool and self.pool.submit(os.getpid).result()
         except BrokenExecutor:
-            raise UserError("the processes that play episodes do not start; each imports the script that "
-                            "called moto.main, where that call needs `if __name__ == \"__main__\":` above "
-                            "it; or use --workers 1") from None
+            raise UserError("the processes that play episodes do not start (their message, if any, is "
+                            "above); each imports the script that called moto.main: there the call needs "
+                            "`if __name__ == \"__main__\":` above it, and what it registers does not; or use "
+                            "--workers 1") from None
 
     def peak_memory_gb(self):
         """Of the processes together: one's, times their number; None where it cannot be had."""
         if self.pool is None:
             return 0.0
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(UserError, BrokenExecutor):
             one = self.result(self.pool.submit(peak_memory_gb))
             return one and self.cfg.workers * one
 
@@ -2199,7 +2200,7 @@ def decorative(what):
         print(f"note: no {what} ({reason})", file=sys.stderr)
 
 
-MAY_CHANGE = {"logdir", "device", "cache", "data", "online_episodes", "eval_every", "eval_episodes", "memory",
+MAY_CHANGE = {"logdir", "device", "cache", "data", "online_episodes", "eval_every", "eval_episodes",
               "final_episodes", "save_every", "log_every", "compile", "precision", "workers"}   # on resuming
 
 
@@ -2209,6 +2210,11 @@ def differences(then, now, besides=MAY_CHANGE):
     pairs = {name: tuple(repr(config[name]) if name in config else "nothing" for config in (then, now))
              for name in {**then, **now} if name not in besides}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def planned_updates(cfg):
+    """N + U per online episode."""
+    return cfg.offline_updates + cfg.online_episodes * cfg.updates_per_episode
 
 
 class Run:
@@ -2228,7 +2234,10 @@ class Run:
         checkpoint = None if acting else self.read_checkpoint()
         if checkpoint:
             self.compare_config(checkpoint["config"])
-        elif not acting and (self.agent_path.exists() or (self.dir / "result.json").exists()):
+            if checkpoint["state"]["updates"] > planned_updates(cfg):
+                raise UserError(f"{self.dir} has {checkpoint['state']['updates']} updates, more than the "
+                                f"{planned_updates(cfg)} of this budget; repeat its --online-episodes or more")
+        elif not acting and self.has_scores():
             raise UserError(f"{self.dir} holds a run without its checkpoint: it cannot be continued; "
                             "choose another --logdir")
         self.env = make_env(cfg)
@@ -2317,12 +2326,23 @@ class Run:
             raise UserError(f"the checkpoint in {self.dir} does not fit this program ({error}); use the "
                             "moto.py in that folder or choose another --logdir") from None
 
+    def has_scores(self):
+        """Whether the folder holds what a run has only once it has had a checkpoint."""
+        rows = read_metrics(self.dir / "metrics.jsonl")
+        return (self.agent_path.exists() or (self.dir / "result.json").exists()
+                or any(row.get("evaluation") in ("offline", "final") for row in rows))
+
     def forget_later_metrics(self):
-        """Keep the lines of metrics.jsonl up to the checkpoint; none where a run ended before it
-        had one."""
-        metrics, scored = self.dir / "metrics.jsonl", self.state["updates"] or self.state["scores"]
+        """Keep the lines of metrics.jsonl that are no later than the checkpoint; none where a run ended
+        before it had one. What is logged between two updates, an evaluation or an episode, may be later
+        than a checkpoint of the same update."""
+        metrics, state = self.dir / "metrics.jsonl", self.state
         if metrics.exists():
-            rows = [row for row in read_metrics(metrics) if scored and row["updates"] <= self.state["updates"]]
+            rows = [row for row in read_metrics(metrics)
+                    if (state["updates"] or state["scores"]) and row["updates"] <= state["updates"]
+                    and row.get("episode", -1) < state["episodes"]
+                    and (row["updates"] < state["updates"] or row.get("evaluation", "final") in
+                         {*state["scores"], "final"})]
             text = "".join(json.dumps(row) + "\n" for row in rows)
             write_atomically(metrics, lambda file: file.write(text.encode()))
 
@@ -2334,24 +2354,27 @@ class Run:
         space = most * (cfg.episode_steps + 1)
         scripted = 0 if cfg.data else cfg.demos * (cfg.episode_steps + 1)
         check_memory(cfg, self.env.action_size, scripted + space)           # before they are made
-        episodes = [load_episode(path, *shape) for path in offline_paths(cfg, self.workers)]
-        if cfg.reward_head == "bernoulli" and not all(np.isin(e["reward"], (0, 1)).all() for e in episodes):
+        paths = offline_paths(cfg, self.workers)
+        steps = sum(map(count_steps, paths))
+        check_memory(cfg, self.env.action_size, steps + space)               # before they are read
+        self.replay, digest, rewards = Replay(steps + space, *shape, cfg.device), hashlib.sha256(), []
+        for path in paths:                                                   # one at a time: held once
+            episode = load_episode(path, *shape)
+            self.replay.add(episode, is_demo=progress_mask(cfg, episode["reward"]))
+            for name in ("image", "action", "reward", "terminal"):
+                digest.update(np.ascontiguousarray(episode[name]))
+            rewards.append(episode["reward"])
+        if cfg.reward_head == "bernoulli" and not np.isin(np.concatenate(rewards), (0, 1)).all():
             raise UserError("a reward in the offline data is neither 0 nor 1; use --reward-head normal")
-        steps = sum(len(e["image"]) for e in episodes)
         if steps < cfg.length:
             raise UserError(f"the offline data has {steps} steps, fewer than one sequence; lower --length")
-        check_memory(cfg, self.env.action_size, steps + space)
-        data = fingerprint(episodes)
-        if self.state.setdefault("data", data) != data:
+        if self.state.setdefault("data", digest.hexdigest()) != digest.hexdigest():
             raise UserError(f"the offline data is not what {self.dir} began with; give it the --data or "
-                            "--cache of then, or choose another --logdir")
-        peak = max(episode["reward"].max() for episode in episodes)
-        best = (e["reward"] for e in episodes if 0 < e["reward"].max() == peak)
+                            "--cache of then (made on another machine: --data with that cache's folder), "
+                            "or choose another --logdir")
+        peak = max(reward.max() for reward in rewards)
+        best = [reward for reward in rewards if 0 < reward.max() == peak]
         self.demo_threshold = min((episode_score(cfg, reward)[0] for reward in best), default=math.inf)
-        self.replay = Replay(steps + space, *shape, cfg.device)
-        while episodes:                                              # each is held once, here or there
-            episode = episodes.pop(0)
-            self.replay.add(episode, is_demo=progress_mask(cfg, episode["reward"]))
         for index in range(self.state["episodes"]):
             self.add_online(index)
         self.clock("demonstrations", started)
@@ -2371,7 +2394,7 @@ class Run:
         return self.dir / "episodes" / f"{index:05d}.npz"
 
     def close(self):
-        """End the players and the simulator."""
+        """End the rollout workers and the simulator."""
         self.workers.close()
         self.env.close()
 
@@ -2456,9 +2479,10 @@ class Run:
 # ------------------------------------------------------------------------------------------------------------
 
 def read_metrics(path):
-    """The lines of a metrics.jsonl as dicts; a half-written last line is left out."""
+    """The lines of a metrics.jsonl as dicts; a half-written last line is left out, and a missing file has
+    none."""
     rows = []
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows
@@ -2676,11 +2700,10 @@ def read_run(logdir):
     """
     try:
         config = json.loads((Path(logdir) / "config.json").read_text())["config"]
-        metrics = Path(logdir) / "metrics.jsonl"
-        rows = [row for row in read_metrics(metrics) if "evaluation" in row] if metrics.exists() else []
+        rows = [row for row in read_metrics(Path(logdir) / "metrics.jsonl") if "evaluation" in row]
         start, each = config["offline_updates"], config["updates_per_episode"]
         config["task"], config["variant"], config["seed"], config["online_episodes"]
-        return config, {(row["updates"] - start) // each: row for row in rows if row["updates"] >= start}
+        return config, {(row["updates"] - start) / each: row for row in rows if row["updates"] >= start}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{logdir} is no run folder ({error}); --plot takes folders that training has "
                         "made") from None
@@ -2782,15 +2805,20 @@ def plot(logdirs):
     if begun:
         print(f"left out, without a score yet: {', '.join(begun)}", file=sys.stderr)
     tasks = grouped([run for run in runs.values() if run[1]])
-    folder = Path(os.path.commonpath([logdir.parent for logdir in logdirs]))
+    folder = logdirs[0].parent
+    with contextlib.suppress(ValueError):                            # of two drives
+        folder = Path(os.path.commonpath([logdir.parent for logdir in logdirs]))
     ylabel = "success rate" + " (kitchen: objects in place / 4)" * any(task in Kitchen.tasks for task in tasks)
-    draw_groups(folder / "curves.png", tasks, ylabel, solved, ylim=(-0.03, 1.03))
+    with decorative("curves.png"):
+        draw_groups(folder / "curves.png", tasks, ylabel, solved, ylim=(-0.03, 1.03))
     def gap(row):
         if "evaluation/value_estimate" in row:
             real = row.get("evaluation/infinite_horizon_return", row["evaluation/return"])
             return row["evaluation/value_estimate"] - real
     compared = {task: groups for task, groups in tasks.items() if len(groups.keys() - {"bc"}) > 1} or tasks
-    draw_groups(folder / "gap.png", compared, "promised minus real return\n(units of 1 / (1 - gamma))", gap)
+    with decorative("gap.png"):
+        draw_groups(folder / "gap.png", compared, "promised minus real return\n(units of 1 / (1 - gamma))",
+                    gap)
     print("| task | runs | seeds | offline | at 100 | at 200 | final | 95 % interval | episodes |")
     print("|---|---|---|---|---|---|---|---|---|")
     for task, groups in sorted(tasks.items()):
@@ -2818,9 +2846,9 @@ def finished(cfg):
         result = json.loads((folder / "result.json").read_text())
     except (OSError, ValueError, KeyError):
         return False
-    planned = cfg.offline_updates + cfg.online_episodes * cfg.updates_per_episode
     done = result["updates"], result["eval_episodes"]
-    return done == (planned, cfg.final_episodes) and not differences(then, dataclasses.asdict(cfg))
+    return (done == (planned_updates(cfg), cfg.final_episodes)
+            and not differences(then, dataclasses.asdict(cfg), MAY_CHANGE - {"data"}))
 
 
 def sweep_run(argv, log, threads):
@@ -2883,7 +2911,7 @@ def sweep(given, commands):
     `<--logdir, or runs>/<task>-<variant>-seed<n>`, their output in log.txt there. The same command
     continues a sweep that was stopped. Raises UserError, at the end, naming the runs that failed.
     """
-    root, jobs = given.pop("logdir", "runs"), commands.get("jobs", 1)
+    root, jobs = os.path.expanduser(given.pop("logdir", "runs")), commands.get("jobs", 1)
     executor, known = commands.get("executor", "process"), ("process", "slurm", "local")
     if executor not in known or jobs < 1:
         raise UserError(f"--executor is one of {', '.join(known)}, and --jobs at least 1")
@@ -2961,7 +2989,7 @@ def last_words(log):
 # ------------------------------------------------------------------------------------------------------------
 
 CONFIG = {f.name for f in dataclasses.fields(Config)}
-USES = {"evaluate": {"episodes"}, "plot": set(),               # which flags go with which command
+USES = {"evaluate": {"episodes", "workers", "device"}, "plot": set(),               # which flags go with which command
         "sweep": CONFIG | {"tasks", "variants", "seeds", "jobs", "executor"}, "": CONFIG}
 
 
@@ -3087,8 +3115,7 @@ def can_compile(cfg):
 
 def compiling_pays(cfg):
     """torch.compile takes one or two minutes on a CPU and saves an eighth of each update."""
-    planned = cfg.offline_updates + cfg.online_episodes * cfg.updates_per_episode
-    return cfg.compile and can_compile(cfg) and (cfg.device.startswith("cuda") or planned >= 5000)
+    return cfg.compile and can_compile(cfg) and (cfg.device.startswith("cuda") or planned_updates(cfg) >= 5000)
 
 
 def reuse_memory():
@@ -3131,8 +3158,9 @@ def check_config(cfg):
 def train(cfg):
     """The main job: demonstrations, pretrain, finetune, result.json, pictures."""
     with lock(Path(cfg.logdir)):
-        for partial in Path(cfg.logdir).glob("*.partial"):         # of a process that died while writing
-            partial.unlink()
+        for partial in Path(cfg.logdir).glob("*.[0-9]*.partial"):  # of a process that died while writing
+            if not partial.name.startswith("evaluate"):            # which --evaluate may be writing now
+                partial.unlink()
         run = Run(cfg)
         try:
             announce(run)
@@ -3246,7 +3274,7 @@ def peak_memory_gb():
         return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
 
 
-def open_run(logdir):
+def open_run(logdir, **given):
     """The run in a folder that has config.json and agent.pt, with what acts alone, on this machine.
     Raises UserError."""
     logdir = os.path.expanduser(logdir)
@@ -3257,17 +3285,17 @@ def open_run(logdir):
                             f"the same fields ({', '.join(sorted(config.keys() ^ CONFIG))}); use the "
                             "moto.py in that folder")
         here = {"logdir": logdir, "device": "auto", "workers": min(config["workers"], cores())}
-        cfg = build_config(**config | here)
+        cfg = build_config(**config | here | given)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{logdir} is no run folder ({error}); --evaluate takes a run's --logdir") from None
     return Run(cfg, acting=True)
 
 
-def evaluate_run(logdir, episodes):
+def evaluate_run(logdir, episodes, **given):
     """--evaluate: score the agent in a run's folder on episodes no run has seen, print JSON; write
     evaluate.gif and, for Franka Kitchen, evaluate-combination.png beside what the run itself
     left."""
-    run = open_run(logdir)
+    run = open_run(logdir, **given)
     try:
         cfg = run.cfg
         result, videos = evaluate(cfg, run.workers, run.agent, episodes or cfg.final_episodes, first=10_000)
@@ -3309,7 +3337,7 @@ def signals_wait():
 
 
 def main(argv=None):
-    """Returns the exit code: 0 done, 2 trouble, 130 / 143 stopped and saved after Ctrl-C /
+    """Returns the exit code: 0 done, 2 trouble, 130 / 143 stopped after Ctrl-C /
     SIGTERM."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         os._exit(2)          # a rollout worker imports a script that calls this unguarded: the program says so
@@ -3325,7 +3353,7 @@ def main(argv=None):
             elif "sweep" in commands:
                 sweep(given, commands)
             elif "evaluate" in commands:
-                evaluate_run(commands["evaluate"], commands.get("episodes"))
+                evaluate_run(commands["evaluate"], commands.get("episodes"), **given)
             else:
                 train(cfg)
             sys.stdout.flush()
@@ -3333,8 +3361,8 @@ def main(argv=None):
             print(f"moto: {trouble}", file=sys.stderr)
             return 2
         except (Stopped, KeyboardInterrupt) as stop:
-            how = "and saved" if isinstance(stop, Stopped) else "at once, the last checkpoint stands"
-            print(f"moto: stopped {how}; repeat the command to continue", file=sys.stderr)
+            how = "" if isinstance(stop, Stopped) else " at once, the last checkpoint stands"
+            print(f"moto: stopped{how}; repeat the command to continue", file=sys.stderr)
             return 128 + (stop_requested["signal"] or signal.SIGINT)
         except BrokenPipeError:                                        # `| head` has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

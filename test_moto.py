@@ -1230,7 +1230,7 @@ def test_what_a_run_leaves(finished):
     assert imageio.imread(finished / "eval.gif").shape[1:] == (64, 64, 3)      # policy above reconstruction, two episodes, doubled
 
 
-def test_a_longer_budget_continues_a_finished_run_and_scores_it_again(finished, dots, tmp_path):
+def test_a_longer_budget_continues_a_finished_run_and_scores_it_again(finished, dots, tmp_path, capsys):
     import shutil
     shutil.copytree(finished, tmp_path / "run")
     assert run(dots, tmp_path / "run", online_episodes=3, final_episodes=3) == 0
@@ -1238,8 +1238,9 @@ def test_a_longer_budget_continues_a_finished_run_and_scores_it_again(finished, 
     assert result["updates"] == 18 and result["eval_episodes"] == 3
     scored = [row["updates"] for row in moto.read_metrics(tmp_path / "run" / "metrics.jsonl") if row.get("evaluation") == "final"]
     assert scored == [14, 18]
-    assert run(dots, tmp_path / "run", online_episodes=1, final_episodes=3) == 0    # nothing left to do, nothing lost
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["updates"] == 18
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    assert run(dots, tmp_path / "run", online_episodes=1, final_episodes=3) == 2 and "18 updates, more than" in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
 def test_a_finished_run_repeated_changes_nothing(finished, dots):
@@ -1756,12 +1757,14 @@ def test_nothing_decorative_fails_a_run(dots, tmp_path, broken):
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard" / "__init__.py").write_text("raise TypeError('broken')")
     code = ("import os\nsys.modules['resource'] = None\nos.environ.pop('DISPLAY', None)\nsys.path.insert(0, sys.argv[1])\n"
-            f"os.environ['MPLBACKEND'] = '{'no such backend' if broken else 'tkagg'}'\nsys.exit(moto.main(sys.argv[2:]))")
+            f"os.environ['MPLBACKEND'] = '{'no such backend' if broken else 'tkagg'}'\n"
+            "sys.exit(moto.main(sys.argv[2:]) or moto.main(['--plot', sys.argv[1] + '/run']))")
     done = child(code, tmp_path, *flags(**(TINY | {"data": dots, "logdir": tmp_path / "run"})))
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"result.json", "eval.gif", "agent.pt"} <= left and (not {"curve.png", "prediction.png"} & left if broken else {"curve.png", "prediction.png"} <= left)
-    assert ("note: no curve.png" in done.stderr) == broken and done.stderr.count("note: no TensorBoard events (TypeError: broken)") == 1
+    assert ("note: no curve.png" in done.stderr) == ("note: no curves.png" in done.stderr) == broken and "| moto | 0 |" in done.stdout
+    assert done.stderr.count("note: no TensorBoard events (TypeError: broken)") == 1
     assert json.loads((tmp_path / "run" / "result.json").read_text())["peak_memory_gb"] is None
 
 
@@ -1801,9 +1804,11 @@ def test_a_flag_that_a_command_does_not_use_is_refused(finished, capsys, argv, w
     one_sentence(capsys, [str(finished) if word == "RUN" else word for word in argv], *words)
 
 
-def test_a_sweep_with_a_seed_twice_runs_it_once(dots, tmp_path, capsys):
-    argv = [*sweep_flags(dots, tmp_path, offline_updates=1, online_episodes=0), "--tasks", DOT, DOT, "--variants", "bc", "bc", "--seeds", "1", "1"]
+def test_a_sweep_with_a_seed_twice_runs_it_once(dots, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    argv = [*sweep_flags(dots, "~/runs", offline_updates=1, online_episodes=0), "--tasks", DOT, DOT, "--variants", "bc", "bc", "--seeds", "1", "1"]
     assert moto.main([str(word) for word in argv]) == 0 and "1 runs" in capsys.readouterr().out
+    assert [path.parent.parent.name for path in tmp_path.rglob("result.json")] == ["runs"]
 
 
 def test_a_run_is_not_continued_with_other_data_or_by_another_version(dots, tmp_path, capsys):
@@ -1830,8 +1835,24 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again_and_one_that_l
         path.unlink()
     one_sentence(capsys, flags(**(TINY | {"data": dots, "logdir": tmp_path, "online_episodes": 0})), "without its checkpoint")
     assert len(moto.read_metrics(tmp_path / "metrics.jsonl")) == rows
-    (tmp_path / "agent.pt").unlink(), (tmp_path / "result.json").unlink()
+    (tmp_path / "agent.pt").unlink(), (tmp_path / "result.json").unlink()        # as published runs are: config and metrics alone
+    one_sentence(capsys, flags(**(TINY | {"data": dots, "logdir": tmp_path, "online_episodes": 0})), "without its checkpoint")
+    early = [row for row in moto.read_metrics(tmp_path / "metrics.jsonl") if "evaluation" not in row]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in early))
     assert run(dots, tmp_path, online_episodes=0) == 0 and len(moto.read_metrics(tmp_path / "metrics.jsonl")) == rows
+
+
+def test_what_is_logged_between_two_updates_is_there_once_after_a_kill(finished, dots, tmp_path):
+    """The checkpoint of update 10 is older than the episode that is played then; a kill comes between the two."""
+    shutil.copytree(finished, tmp_path / "run")
+    rows = moto.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    loads = moto.Run(tiny(data=str(dots), logdir=str(tmp_path / "run")))
+    loads.state |= {"updates": 10, "episodes": 1, "scores": {"offline": {}}}
+    loads.forget_later_metrics()
+    left = moto.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["episode"] for row in rows if "episode" in row] == [0, 1] and [row["episode"] for row in left if "episode" in row] == [0]
+    assert [row["evaluation"] for row in left if "evaluation" in row] == ["offline"] and max(row["updates"] for row in left) == 10
+    loads.close()
 
 
 def test_a_replay_that_has_no_room_is_refused_before_demonstrations_are_made(capsys, tmp_path):
