@@ -146,7 +146,7 @@ class Config:
                               "[0, inf)")
     target_rate: float = opt(0.1, "Eq 12: step of the target critics towards the critics", "[0, 1]")
     ema_rate: float = opt(0.005, "smallest step of the averaged weights that act (DEPARTURE; 1: none)",
-                             "[0, 1]")
+                         "[0, 1]")
     model_lr: float = opt(6e-4, "learning rate of the world model [LOMPO: 6e-4]", "(0, inf)")
     actor_lr: float = opt(3e-4, "learning rate of the actor [LOMPO: 3e-4]", "(0, inf)")
     critic_lr: float = opt(1e-3, "learning rate of the critics [LOMPO: 3e-4]", "(0, inf)")
@@ -2242,7 +2242,7 @@ class Run:
                             "choose another --logdir")
         self.env = make_env(cfg)
         self.agent = make_agent(cfg, self.env.action_size, self.env.terminates, cfg.device,
-                                  compiling_pays(cfg))
+                                compiling_pays(cfg))
         self.player, self.playing = copy.deepcopy(self.agent.ema_policy), None       # of the online episodes
         self.rng = np.random.default_rng(cfg.seed)
         if acting:
@@ -2350,7 +2350,7 @@ class Run:
         """Bring offline and, on resuming, online episodes into memory. Raises UserError where they
         have no room, and where the offline ones are not those that the run began with."""
         cfg, started, shape = self.cfg, time.perf_counter(), (self.cfg.image_size, self.env.action_size)
-        most = max(cfg.online_episodes, self.state["episodes"])     # a smaller budget may come after a larger
+        most = max(cfg.online_episodes, self.state["episodes"])     # one may be ahead of its updates
         space = most * (cfg.episode_steps + 1)
         scripted = 0 if cfg.data else cfg.demos * (cfg.episode_steps + 1)
         check_memory(cfg, self.env.action_size, scripted + space)           # before they are made
