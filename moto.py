@@ -262,27 +262,6 @@ class Encoder(nn.Module):
         return self.out(self.convolutions(x).flatten(1))
 
 
-class Upsample(nn.ConvTranspose2d):
-    """The transpose of the encoder's convolution, (N, I, P, P) -> (N, O, 2P, 2P), computed as a
-    convolution.
-
-    A transposed 4x4 convolution of stride 2 sets each pixel of a 2x2 block from a 2x2
-    neighbourhood: an ordinary 2x2 convolution to 4 * O channels, laid out as blocks, computes the
-    same sums (a test compares them), in about half the time on a CPU. Source: Shi et al. 2016,
-    sub-pixel convolution.
-    """
-
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs, 4, 2, 1)
-
-    def forward(self, x):
-        weight = self.weight.unflatten(3, (2, 2)).unflatten(2, (2, 2)).flip(2, 4)      # (I, O, 2, 2, 2, 2)
-        weight = weight.permute(3, 5, 1, 0, 2, 4).flatten(0, 2)                        # (4 * O, I, 2, 2)
-        y = F.conv2d(x, weight, self.bias.repeat(4), padding=1).permute(0, 2, 3, 1)    # (N, P+1, P+1, 4 * O)
-        y = y.unflatten(-1, (2, 2, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)    # (N, 2P+2, 2P+2, O)
-        return y[:, 1:-1, 1:-1].contiguous().permute(0, 3, 1, 2)
-
-
 class Decoder(nn.Module):
     """Feature (N, F) -> mean image (N, 3, P, P): the encoder backwards."""
 
@@ -291,7 +270,8 @@ class Decoder(nn.Module):
         widths = [cfg.channels * m for m in (8, 4, 2, 1)] + [3]
         self.shape = cfg.image_size // 16, cfg.image_size // 16, widths[0]
         self.inp = nn.Linear(cfg.deter + cfg.stoch, math.prod(self.shape))
-        layers = [layer for i, o in zip(widths, widths[1:]) for layer in (Upsample(i, o), nn.SiLU())]
+        layers = [layer for i, o in zip(widths, widths[1:])
+                  for layer in (nn.ConvTranspose2d(i, o, 4, 2, 1), nn.SiLU())]
         self.convolutions = nn.Sequential(*layers[:-1])
 
     def forward(self, feat):
