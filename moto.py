@@ -73,8 +73,7 @@ class Config:
     logdir: str = opt("", "run folder; a run there is continued. Empty: runs/<task>-<variant>-seed<seed>")
     device: str = opt("auto", "cpu, cuda, or auto")
     precision: str = opt("auto", "float32, bfloat16 (autocast), or auto: bfloat16 where it is faster")
-    compile: bool = opt(True, "the fast form: channels last, and torch.compile where it pays (on a GPU, or "
-                              "for 5,000 updates and more); --no-compile: the plain form, eager")
+    compile: bool = opt(True, "torch.compile where it pays: on a GPU, or for 5,000 updates and more")
     workers: int = opt(0, "processes that play episodes; 0: one per CPU core, 8 at most; 1: none, all in one",
                        "[0, inf)")
     image_size: int = opt(64, "P, pixels a side, a multiple of 16 [paper: 64]", "[16, inf)")
@@ -720,11 +719,9 @@ def tabular_bound(P, P_hat, r, u, alpha, gamma, pi, start):
 # The agent
 # ------------------------------------------------------------------------------------------------------------
 
-def to_image(x, plain=False):
-    """uint8 (..., P, P, 3) -> float (..., 3, P, P) in [-0.5, 0.5]; channels last in memory, unless
-    plain."""
-    x = x.float().div_(255).sub_(0.5).movedim(-1, -3)
-    return x.contiguous() if plain else x
+def to_image(x):
+    """uint8 (..., P, P, 3) -> float (..., 3, P, P) in [-0.5, 0.5]."""
+    return x.float().div_(255).sub_(0.5).movedim(-1, -3)
 
 
 def random_shift(image, pixels):
@@ -829,10 +826,8 @@ class Agent:
         torch.manual_seed(cfg.seed)
 
     def prepare(self, rates, **modules):
-        """Put the modules on the device, in this config's memory layout, with Adam at each of
-        `rates`."""
-        layout = torch.channels_last if self.cfg.compile else torch.contiguous_format
-        self.modules = {name: m.to(self.device, memory_format=layout) for name, m in modules.items()}
+        """Put the modules on the device, with Adam at each of `rates`."""
+        self.modules = {name: module.to(self.device) for name, module in modules.items()}
         vars(self).update(self.modules)
         self.optimisers = {
             name: torch.optim.Adam(self.modules[name].parameters(), lr=rate, eps=1e-6, fused=True)
@@ -857,7 +852,7 @@ class Agent:
         x = stacked(batch["image"], batch["is_first"], self.cfg.frames)
         batch = {name: value[:, self.cfg.frames - 1:] for name, value in batch.items() if name != "image"}
         with self.autocast():
-            x = to_image(random_shift(x.flatten(0, 1), shift), plain=not self.cfg.compile)
+            x = to_image(random_shift(x.flatten(0, 1), shift))
             return encoder(x).float().unflatten(0, batch["a"].shape[:2]), batch
 
     def step(self, loss, *names):
@@ -938,8 +933,6 @@ class MOTO(Agent):
     """World model, actor, critics, their optimisers, and the one `update` that both phases share.
 
     `compiled`: model_terms and policy_terms go through torch.compile (with CUDA graphs on a GPU).
-    The memory layout of images is channels last, unless cfg.compile is off: then everything is
-    torch's plain default.
     """
 
     def __init__(self, cfg, action_size, terminates, device, compiled=False):
@@ -1024,7 +1017,7 @@ class MOTO(Agent):
         states are means. A regression on noisy inputs is flatter than the truth, and a hand that is
         steered by it reaches too short. Source: Fuller 1987, measurement error models.
         """
-        cfg, batch = self.cfg, batch | {"x": to_image(batch["image"], plain=not self.cfg.compile)}
+        cfg, batch = self.cfg, batch | {"x": to_image(batch["image"])}
         loss, metrics, feat, embed = model_loss(self.model, batch)
         brief = feat
         if cfg.forget or cfg.latent_noise != 1:

@@ -555,18 +555,14 @@ def after_updates(cfg, compiled=False, count=3):
     return metrics, torch.cat([p.detach().flatten() for p in agent.modules["model"].parameters()]), agent
 
 
-@pytest.mark.parametrize("precision,compiled,tolerance", [("float32", False, 1e-4), ("bfloat16", False, 0.03), ("float32", True, 1e-4),
-                                                          ("bfloat16", True, 0.03)])
+@pytest.mark.parametrize("precision,compiled,tolerance", [("bfloat16", False, 0.03), ("float32", True, 1e-4), ("bfloat16", True, 0.03)])
 def test_the_fast_forms_agree_with_the_plain_one(precision, compiled, tolerance):
-    """channels last, bfloat16 and torch.compile against float32, eager, contiguous: every metric of three updates, and their sum
-    in the weights. Tolerances are relative (for metrics near zero: to 0.1); float32 differs by rounding, bfloat16 keeps 8 bits."""
+    """bfloat16 and torch.compile against float32, eager: every metric of three updates, and their sum in the weights. Tolerances are relative (for metrics near zero: to 0.1); float32 differs by rounding, bfloat16 keeps 8 bits."""
     import torch._inductor
     sizes = dict(hidden=32, deter=32, horizon=1)
     plain, weights, agent = after_updates(tiny(precision="float32", compile=False, **sizes))
     with torch._inductor.config.patch(fallback_random=True):                    # the same random numbers as eager
         fast, moved, other = after_updates(tiny(precision=precision, compile=True, **sizes), compiled)
-    assert agent.model.encoder.convolutions[2].weight.is_contiguous()
-    assert other.model.encoder.convolutions[2].weight.is_contiguous(memory_format=torch.channels_last)
     for ours, theirs in zip(fast, plain):
         for name in theirs:
             assert abs(ours[name] - theirs[name]) <= tolerance * max(0.1, abs(theirs[name])), name

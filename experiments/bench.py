@@ -94,7 +94,7 @@ def bench_parts(cfg, repeat=10):
     rng, model, device = np.random.default_rng(0), agent.model, cfg.device
     B, T, D, H = cfg.batch, cfg.length, cfg.deter, cfg.horizon
     sample = lambda: store.sample(rng, B, T)
-    x = moto.to_image(sample()["image"], plain=not cfg.compile).flatten(0, 1)
+    x = moto.to_image(sample()["image"]).flatten(0, 1)
     batch = agent.prepare_batch(sample())
     feat = torch.randn(B, T, D + cfg.stoch, device=device)
     start = feat.flatten(0, 1)
