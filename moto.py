@@ -38,7 +38,7 @@ Time:    a[t] and r[t] are the action that led INTO x[t] and the reward received
          a[0] = 0, r[0] = 0. So the action that leaves s[t] is a[t+1]. Half of all ports are off by one here.
 Sharp edges are marked "SHARP"; departures from the paper "DEPARTURE" (README lists them all).
 """
-import argparse, contextlib, copy, ctypes, dataclasses, difflib, functools, hashlib, importlib.metadata
+import argparse, contextlib, copy, dataclasses, difflib, functools, hashlib, importlib.metadata
 import importlib.util, inspect, json, math, multiprocessing, os, platform, shutil, signal, subprocess, sys
 import threading, time, warnings
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -1424,12 +1424,6 @@ class Camera:
         self.free = mujoco.MjvCamera()
         for name, value in view.items():
             setattr(self.free, name, value)
-        self.groups = model.geom_group.copy()
-        self.renderer.update_scene(data, self.free)
-        eyes = self.renderer.scene.camera                          # the left and the right: nearly one place
-        self.eye = np.mean([eye.pos for eye in eyes], 0)
-        self.axes = np.stack([np.cross(eyes[0].forward, eyes[0].up), eyes[0].up, eyes[0].forward])
-        self.slope = eyes[0].frustum_top / eyes[0].frustum_near      # half the view's height per distance
 
     def describe(self):
         """All that decides what an image looks like, for config.json and for the demonstrations'
@@ -1441,18 +1435,8 @@ class Camera:
                 "quality": "no shadows, samples, reflections",
                 "mujoco": importlib.metadata.version("mujoco")}
 
-    def out_of_view(self):
-        """Geoms whose bounding sphere lies wholly outside the camera's pyramid (G,): half of the
-        robot."""
-        x, y, z = self.axes @ (self.data.geom_xpos - self.eye).T
-        radius = 1.1 * self.model.geom_rbound + 0.01             # 0 marks an unbounded plane
-        beyond = np.maximum(abs(x), abs(y)) > self.slope * z + radius * math.hypot(1, self.slope)
-        return (beyond | (z < -radius)) & (self.model.geom_rbound > 0)
-
     def render(self):
-        """The image (P, P, 3) uint8. What is out of view goes to a group that is not drawn: a
-        software renderer spends its time on vertices, seen or not."""
-        self.model.geom_group[:] = np.where(self.out_of_view(), 5, self.groups)
+        """The image (P, P, 3) uint8."""
         self.renderer.update_scene(self.data, self.free)
         image, n = self.renderer.render().astype(np.uint16), self.finer
         return (sum(image[i::n, j::n] for i in range(n) for j in range(n)) / n ** 2).round().astype(np.uint8)
@@ -3091,16 +3075,6 @@ def compiling_pays(cfg):
     return cfg.compile and can_compile(cfg) and (cfg.device.startswith("cuda") or planned_updates(cfg) >= 5000)
 
 
-def reuse_memory():
-    """Have glibc keep freed memory for the next update, which needs the same amount again: to hand
-    it back to the system and fetch it anew costs thousands of page faults an update. Elsewhere this
-    does nothing."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        glibc = ctypes.CDLL("libc.so.6")
-        for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):
-            glibc.mallopt(option, value)                             # M_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD
-
-
 def within(value, interval):
     """Whether a number lies in an interval such as "[0, 1)": bounds in square brackets belong to
     it."""
@@ -3314,7 +3288,6 @@ def main(argv=None):
     SIGTERM."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         os._exit(2)          # a rollout worker imports a script that calls this unguarded: the program says so
-    reuse_memory()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")            # what a terminal cannot show is no error

@@ -248,7 +248,6 @@ def main(argv=None):
         description=__doc__.split("\n\n")[0], epilog="FLAG: see python moto.py --help")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options, rest = parser.parse_known_args(argv)
-    moto.reuse_memory()
     try:
         cfg, commands, _ = moto.parse(rest)
         if commands:
