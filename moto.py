@@ -166,8 +166,6 @@ class Config:
                               "[1, inf)")
     explore: float = opt(1.0, "sampled episodes: the policy's deviation is multiplied by this",
                          "[0, inf)")
-    lag: int = opt(1, "1: an episode is played while the U updates before it run; 0: after them [paper: 0]",
-                   "[0, 1]")
     log_every: int = opt(25, "updates per line of metrics.jsonl", "[1, inf)")
     save_every: int = opt(250, "updates between checkpoints", "[1, inf)")
 
@@ -1973,9 +1971,8 @@ def rollout(cfg, env, policy, seed, sample=False):
 class RolloutWorkers:
     """Processes that play episodes, each with a simulator and a policy of its own, on one CPU core.
 
-    Simulation and software rendering use one core; with several workers evaluation uses all of
-    them, and an episode can be played while the learner learns. With one worker all is played here,
-    in this process.
+    Simulation and software rendering use one core; with several workers demonstrations and
+    evaluations use all of them. With one worker all is played here, in this process.
     """
 
     def __init__(self, cfg, env):
@@ -2078,30 +2075,15 @@ def call_here(function, item):
 
 
 def collect_online(run):
-    """Add one sampled episode to the replay; with cfg.lag, begin the next one at once.
-
-    DEPARTURE where lag is 1: an episode is played while the U updates before it run, hence by the
-    policy as it was before them. Its weights (`run.player`) are part of the checkpoint, so that an
-    episode cut short is repeated exactly.
-    """
+    """Play one sampled episode, save it, and add it to the replay."""
     cfg, state, started, index = run.cfg, run.state, time.perf_counter(), run.state["episodes"]
-
-    def begin(index):
-        run.playing = run.workers.play(run.player, [episode_seed(cfg, "online", index)], sample=True)
-    if not (cfg.lag and index):                                      # else it was chosen U updates ago
-        run.player.load_state_dict(run.agent.ema_policy.state_dict())
-    if run.playing is None:
-        begin(index)
-    episode = next(run.playing)
-    run.playing, success = None, episode.pop("success")
+    seed = episode_seed(cfg, "online", index)
+    episode = rollout(cfg, run.env, run.agent.ema_policy, seed, sample=True)
+    success = episode.pop("success")
     save_episode(run.episode_path(index), **episode)
     run.add_online(index)
     state["episodes"] += 1
     state["env_steps"] += len(episode["action"])
-    if cfg.lag:
-        run.player.load_state_dict(run.agent.ema_policy.state_dict())
-        if index + 1 < cfg.online_episodes:
-            begin(index + 1)
     run.clock("acting", started)
     run.log({"episode": index, "episode/success": float(success), "episode/return": sum(episode["reward"])})
 
@@ -2200,7 +2182,6 @@ class Run:
         self.env = make_env(cfg)
         self.agent = make_agent(cfg, self.env.action_size, self.env.terminates, cfg.device,
                                 compiling_pays(cfg))
-        self.player, self.playing = copy.deepcopy(self.agent.ema_policy), None       # of the online episodes
         self.rng = np.random.default_rng(cfg.seed)
         if acting:
             self.load_agent()
@@ -2227,7 +2208,6 @@ class Run:
         """Write the checkpoint beside the old one, then rename both: at each instant one is whole.
         Then write agent.pt: what acts, small."""
         checkpoint = {"config": dataclasses.asdict(self.cfg), "agent": self.agent.state_dict(),
-                      "player": self.player.state_dict() if self.cfg.lag else None,
                       "state": self.state, "torch_rng": torch.get_rng_state(),
                       "numpy_rng": json.dumps(self.rng.bit_generator.state)}
         if self.agent.device.type == "cuda":
@@ -2273,8 +2253,6 @@ class Run:
         try:
             self.agent.load_state_dict(checkpoint["agent"])
             self.state = checkpoint["state"]
-            if self.cfg.lag:
-                self.player.load_state_dict(checkpoint["player"])
             self.rng.bit_generator.state = json.loads(checkpoint["numpy_rng"])
             torch.set_rng_state(checkpoint["torch_rng"])
             if self.agent.device.type == "cuda" and "cuda_rng" in checkpoint:

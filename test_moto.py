@@ -21,7 +21,7 @@ if getattr(moto, "__file__", None) != str(HERE / "moto.py"):         # or it is 
 sys.path.insert(0, str(HERE / "experiments"))
 import baselines, bench
 
-TINY = dict(task="gym:test/Dot-v0", device="cpu", precision="float32", workers=1, lag=0, image_size=16, action_repeat=1, episode_steps=12, batch=4, length=6, channels=4,
+TINY = dict(task="gym:test/Dot-v0", device="cpu", precision="float32", workers=1, image_size=16, action_repeat=1, episode_steps=12, batch=4, length=6, channels=4,
             deter=16, stoch=6, hidden=16, ensemble=3, horizon=3, offline_updates=6, online_episodes=2, updates_per_episode=4,
             eval_every=100, eval_episodes=2, final_episodes=2, log_every=1, save_every=1, offline_fraction=0.5, shift=0)
 
@@ -1145,8 +1145,8 @@ def finished(dots, tmp_path_factory):
 
 
 @pytest.mark.parametrize("changes", [{}, {"pixel_prior": True, "latent_noise": 0.0}])
-def test_with_a_lag_the_policy_of_the_block_before_plays_and_a_resumed_run_knows_it(dots, tmp_path, monkeypatch, changes):
-    """lag 1: episode k is played by the weights as they were before the U updates that precede it; also after a stop in between."""
+def test_the_newest_averaged_policy_plays_also_after_a_stop(dots, tmp_path, monkeypatch, changes):
+    """Episode k is played by the weights after all updates so far; also after a stop in between."""
     true_rollout, played = moto.rollout, []
 
     def watched(cfg, env, policy, seed, sample):
@@ -1154,8 +1154,8 @@ def test_with_a_lag_the_policy_of_the_block_before_plays_and_a_resumed_run_knows
             played.append((seed[2], float(policy.updates)))
         return true_rollout(cfg, env, policy, seed, sample)
     monkeypatch.setattr(moto, "rollout", watched)
-    assert run(dots, tmp_path / "whole", lag=1, online_episodes=4, **changes) == 0
-    assert played == [(0, 6.0), (1, 6.0), (2, 10.0), (3, 14.0)]                 # 6 offline updates, then 4 per episode
+    assert run(dots, tmp_path / "whole", online_episodes=4, **changes) == 0
+    assert played == [(0, 6.0), (1, 10.0), (2, 14.0), (3, 18.0)]                # 6 offline updates, then 4 per episode
     played.clear()
     true_update = moto.Run.update
 
@@ -1164,10 +1164,10 @@ def test_with_a_lag_the_policy_of_the_block_before_plays_and_a_resumed_run_knows
             moto.stop_requested["signal"] = signal.SIGTERM
         true_update(self, bar, stage)
     monkeypatch.setattr(moto.Run, "update", stopping)
-    assert run(dots, tmp_path / "halves", lag=1, online_episodes=4, **changes) == 128 + signal.SIGTERM
+    assert run(dots, tmp_path / "halves", online_episodes=4, **changes) == 128 + signal.SIGTERM
     monkeypatch.setattr(moto.Run, "update", true_update)
-    assert run(dots, tmp_path / "halves", lag=1, online_episodes=4, **changes) == 0
-    assert played == [(0, 6.0), (1, 6.0), (2, 10.0), (3, 14.0)]
+    assert run(dots, tmp_path / "halves", online_episodes=4, **changes) == 0
+    assert played == [(0, 6.0), (1, 10.0), (2, 14.0), (3, 18.0)]
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "halves")
     assert len(a) == len(b) and all(map(same, a, b))
 
@@ -1987,7 +1987,7 @@ def test_players_in_processes_play_what_one_process_plays(tmp_path):
     for workers in (1, 2):
         logdir = tmp_path / str(workers)
         done = child("import moto, sys; sys.exit(moto.main(sys.argv[1:]))", *flags(
-            task="drawer-open", preset="debug", precision="float32", device="cpu", lag=1, workers=workers, episode_steps=50, eval_episodes=3,
+            task="drawer-open", preset="debug", precision="float32", device="cpu", workers=workers, episode_steps=50, eval_episodes=3,
             offline_updates=5, online_episodes=3, updates_per_episode=3, eval_every=5, demos=1, cache=tmp_path / "demos", logdir=logdir))
         assert done.returncode == 0, done.stderr
         with np.load(logdir / "episodes" / "00002.npz") as file:
