@@ -328,15 +328,15 @@ def planned(tasks, variants, seeds, root, threads, shared):
     return runs
 
 
-def run_all(waiting, jobs, start, bar):
-    """Work through `waiting`, {run folder: config values}, `jobs` runs at once; start(values) gives
-    the job of one. -> {run folder: why it failed}. On a stop the runs under way save and stop."""
+def run_all(waiting, jobs, executor, threads, bar):
+    """Work through `waiting`, {run folder: config values}, `jobs` runs at once, `threads` for each
+    -> {run folder: why it failed}. On a stop the runs under way save and stop."""
     waiting, running, failed = list(waiting.items()), {}, {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 folder, values = waiting.pop(0)
-                running[folder] = start(values)
+                running[folder] = start(values, executor, threads)
             for folder in [folder for folder, job in running.items() if job.done()]:
                 bar.update()
                 try:
@@ -377,7 +377,7 @@ def sweep(options, shared):
     print(f"{len(runs)} runs in {root}: {before} finished before, {len(waiting)} to do, {jobs} at "
           "once")
     with tqdm(total=len(runs), initial=before, desc="runs") as bar:
-        failed = run_all(waiting, jobs, lambda values: start(values, executor, threads), bar)
+        failed = run_all(waiting, jobs, executor, threads, bar)
     if len(failed) < len(runs):
         plot([folder for folder in runs if folder not in failed])
     if failed:
