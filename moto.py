@@ -5,7 +5,7 @@
     python experiments/baselines.py --variant iql          # or cql, or sac: without a model
     python moto.py --evaluate experiments/agents/drawer-open  # score an agent on fresh episodes
     python experiments/reproduce.py --tasks hammer --variants moto bc --seeds 0 1 2      # many runs
-    python experiments/reproduce.py runs/*-seed*           # learning curves and a table of many runs
+    python experiments/reproduce.py runs/*-seed*           # learning curves and a table of them
     python experiments/bench.py                            # where the time goes on this machine
     python moto.py --help                                  # every number, its symbol, where it comes from
 
@@ -3050,7 +3050,7 @@ def exit_code(command, argv=None):
     reuse_memory()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")   # what a terminal cannot show is no error
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no error
     with signals_wait():
         try:
             command(argv)
