@@ -4,8 +4,8 @@
     python moto.py --task hammer --variant no-unc          # an ablation; the same command again resumes a run
     python experiments/baselines.py --variant iql          # or cql, or sac: without a model
     python moto.py --evaluate experiments/agents/drawer-open  # score an agent on fresh episodes
-    python moto.py --sweep --tasks hammer drawer-open --variants moto bc --seeds 0 1 2 --jobs 2
-    python moto.py --plot runs/*-seed*                     # learning curves and a table of many runs
+    python experiments/reproduce.py --tasks hammer --variants moto bc --seeds 0 1 2      # many runs
+    python experiments/reproduce.py runs/*-seed*           # learning curves and a table of them
     python experiments/bench.py                            # where the time goes on this machine
     python moto.py --help                                  # every number, its symbol, where it comes from
 
@@ -27,7 +27,7 @@ The algorithm in ten lines:
     9. Theorem B.1 says why lowering the reward is safe (Eq 16, on a table)
 
 Read forward: the mathematics first, then behaviour cloning, then the plumbing (files, simulators,
-pictures, sweeps, command line).
+pictures, command line).
 
 Axes:    B batch, T time, H horizon, K ensemble, A action, E embedding, D deterministic, S stochastic,
          F = D + S (feature), N = B * T, P pixels a side, L steps of an episode.
@@ -2627,355 +2627,61 @@ def draw_curve(cfg, rows, path):
     save_figure(fig, path)
 
 
-def read_run(logdir):
-    """A run folder -> its config and, by online episode (0: the end of the offline phase), its
-    evaluations: none where it has only begun.
-
-    Raises UserError on a folder that is no run.
-    """
-    try:
-        config = json.loads((Path(logdir) / "config.json").read_text())["config"]
-        rows = [row for row in read_metrics(Path(logdir) / "metrics.jsonl") if "evaluation" in row]
-        start, each = config["offline_updates"], config["updates_per_episode"]
-        config["task"], config["variant"], config["seed"], config["online_episodes"]
-        return config, {(row["updates"] - start) / each: row for row in rows if row["updates"] >= start}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{logdir} is no run folder ({error}); --plot takes folders that training has "
-                        "made") from None
-
-
-def solved(row):
-    """What an evaluation is judged by: the share of successful episodes; in Franka Kitchen, of
-    objects."""
-    return row["evaluation/completed"] / 4 if "evaluation/completed" in row else row["evaluation/success"]
-
-
-def interval(rows, draws=10_000):
-    """95 % interval of the mean of `solved` over seeds, from the evaluations `rows` (one a seed):
-    seeds are drawn with replacement, and each one's share of episodes with each outcome (failure or
-    success; in Franka Kitchen 0 to 4 objects) from what its episodes leave open: a Dirichlet, whose
-    prior weighs one episode."""
-    rng, means = np.random.default_rng(0), []
-    for row in rows:
-        n, k = row["evaluation/episodes"], row["evaluation/success"] * row["evaluation/episodes"]
-        counts = np.array(row.get("evaluation/counts", (n - k, k)))
-        shares = rng.dirichlet(counts + 1 / len(counts), (draws, len(rows)))
-        means.append(shares @ np.linspace(0, 1, len(counts)))
-    seeds = rng.integers(len(rows), size=(1, draws, len(rows)))
-    return np.quantile(np.take_along_axis(np.stack(means), seeds, 0).mean(-1), (0.025, 0.975))
-
-
-def draw_groups(path, tasks, ylabel, value, **limits):
-    """A panel per task, a line per group of runs: mean and range over seeds of value(evaluation
-    row)."""
-    columns, colors, handles = min(5, len(tasks)), {}, {}
-    fig, axes = figure(4.4 * columns, 3.6 * math.ceil(len(tasks) / columns), math.ceil(len(tasks) / columns),
-                       columns, squeeze=False, sharey=True)
-    for axis in axes.flat[len(tasks):]:
-        axis.set_visible(False)
-    for axis in axes[:, 0]:
-        axis.set_ylabel(ylabel)
-    for axis, (task, groups) in zip(axes.flat, sorted(tasks.items())):
-        for label, members in groups.items():
-            common = sorted(set.intersection(*[{e for e, row in rows.items() if value(row) is not None}
-                                               for _, rows in members]))
-            y = np.array([[value(rows[e]) for e in common] for _, rows in members])
-            if len(common) > 1:
-                color = colors.setdefault(label, f"C{len(colors)}")
-                handles[label], = axis.plot(common, y.mean(0), "o-", ms=3, color=color)
-                axis.fill_between(common, y.min(0), y.max(0), color=color, alpha=0.15)
-            elif common:                                           # no online phase: a level to compare with
-                handles[label] = axis.axhline(y.mean(), ls="--", color="black", lw=1)
-        seeds = max(map(len, groups.values()))
-        axis.set(title=f"{task} ({seeds} seed{'s' * (seeds > 1)})", **limits,
-                 xlabel="online episodes (0: after the offline phase)")
-        axis.axhline(0, color="black", lw=0.8)
-        axis.grid(alpha=0.3)
-    fig.legend(handles.values(), handles, loc="outside lower center", ncols=2 * columns)
-    save_figure(fig, path)
-    print(f"wrote {path}", file=sys.stderr)
-
-
-NO_PART_OF_A_GROUP = {"seed", "logdir", "preset", "device", "precision", "compile", "workers", "cache",
-                      "eval_every", "eval_episodes", "final_episodes", "log_every", "save_every"}
-
-
-def grouped(runs):
-    """Runs (config, rows) -> {task: {label: the runs of one configuration}}."""
-    tasks, order = {}, {name: index for index, name in enumerate((*VARIANTS, *BASELINES))}
-    for run in runs:
-        groups = tasks.setdefault(run[0]["task"], [])
-        for group in groups:
-            if not differences(group[0][0], run[0], NO_PART_OF_A_GROUP):
-                group.append(run)
-                break
-        else:
-            groups.append([run])
-    for groups in tasks.values():
-        groups.sort(key=lambda group: order.get(group[0][0]["variant"], len(order)))
-    return {task: {group_label(group[0][0], [other[0][0] for other in groups]): group for group in groups}
-            for task, groups in sorted(tasks.items())}
-
-
-def group_label(config, others):
-    """A configuration's name: its variant, and what sets it apart from others of that variant."""
-    apart = {name for other in others if other["variant"] == config["variant"]
-             for name in differences(other, config, NO_PART_OF_A_GROUP)}
-    return ", ".join([config["variant"], *(f"{name} {config.get(name, 'nothing')}" for name in sorted(apart))])
-
-
-def plot(logdirs):
-    """--plot: curves.png (success over online episodes), gap.png (how much more the critics
-    promised than came true, on tasks with several variants) into the folder of the runs; prints a
-    table of the scores.
-
-    A panel per task, a line per configuration, mean and range over seeds. A folder counts once;
-    runs that have no score yet are left out, and named.
-    """
-    logdirs = list(dict.fromkeys(Path(logdir).resolve() for logdir in logdirs))
-    runs = {logdir: read_run(logdir) for logdir in logdirs}
-    begun = [str(logdir) for logdir, (_, rows) in runs.items() if not rows]
-    if len(begun) == len(runs):
-        raise UserError(f"no score yet in {', '.join(begun)}; plot them after their offline phase")
-    if begun:
-        print(f"left out, without a score yet: {', '.join(begun)}", file=sys.stderr)
-    tasks = grouped([run for run in runs.values() if run[1]])
-    folder = logdirs[0].parent
-    with contextlib.suppress(ValueError):                            # of two drives
-        folder = Path(os.path.commonpath([logdir.parent for logdir in logdirs]))
-    ylabel = "success rate" + " (kitchen: objects in place / 4)" * any(task in Kitchen.tasks for task in tasks)
-    with decorative("curves.png"):
-        draw_groups(folder / "curves.png", tasks, ylabel, solved, ylim=(-0.03, 1.03))
-    def gap(row):
-        if "evaluation/value_estimate" in row:
-            real = row.get("evaluation/infinite_horizon_return", row["evaluation/return"])
-            return row["evaluation/value_estimate"] - real
-    compared = {task: groups for task, groups in tasks.items() if len(groups.keys() - {"bc"}) > 1} or tasks
-    with decorative("gap.png"):
-        draw_groups(folder / "gap.png", compared, "promised minus real return\n(units of 1 / (1 - gamma))",
-                    gap)
-    print("| task | runs | seeds | offline | at 100 | at 200 | final | 95 % interval | episodes |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for task, groups in sorted(tasks.items()):
-        for label, members in groups.items():
-            def rate(episode):
-                found = [solved(rows[episode]) for _, rows in members if episode in rows]
-                return f"{np.mean(found):.0%}" if len(found) == len(members) else ""
-            seeds = ", ".join(str(config["seed"]) for config, _ in members)
-            last = [rows[max(rows)] for _, rows in members]
-            low, high = interval(last)
-            final = np.mean([solved(row) for row in last])
-            print(f"| {task} | {label} | {seeds} | {rate(0)} | {rate(100)} | {rate(200)} | {final:.0%} | "
-                  f"{low:.0%} to {high:.0%} | {members[0][0]['online_episodes']} |")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Sweep: tasks x variants x seeds, as separate processes that can be resumed
-# ------------------------------------------------------------------------------------------------------------
-
-def finished(cfg):
-    """Whether cfg.logdir holds the result of this very config."""
-    folder = Path(cfg.logdir)
-    try:
-        then = json.loads((folder / "config.json").read_text())["config"]
-        result = json.loads((folder / "result.json").read_text())
-    except (OSError, ValueError, KeyError):
-        return False
-    done = result["updates"], result["eval_episodes"]
-    return (done == (planned_updates(cfg), cfg.final_episodes)
-            and not differences(then, dataclasses.asdict(cfg), MAY_CHANGE - {"data"}))
-
-
-def sweep_run(argv, log, threads):
-    """One run in a process of its own, its output in the file `log`; it saves and stops with its
-    parent."""
-    with contextlib.suppress(AttributeError):
-        os.setsid()                                                  # Ctrl-C is the sweep's to pass on
-    with open(log, "ab", 0) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads)
-    parent = multiprocessing.parent_process()
-    stop = lambda: (parent.join(), os.kill(os.getpid(), signal.SIGTERM))
-    threading.Thread(target=stop, daemon=True).start()
-    sys.exit(main(argv))
-
-
-class Process:
-    """A run on this machine, with the methods of a submitit job that the sweep uses: done, result,
-    cancel."""
-
-    def __init__(self, *args):
-        self.process = multiprocessing.get_context("spawn").Process(target=sweep_run, args=args)
-        self.process.start()
-
-    def done(self):
-        return not self.process.is_alive()
-
-    def result(self):
-        if self.process.exitcode:
-            raise RuntimeError(f"exit code {self.process.exitcode}")
-
-    def cancel(self):
-        """Have it save and stop."""
-        self.process.terminate()
-        self.process.join()
-
-
-def submitted(argv, log, threads, cluster):
-    """A run as a submitit job: on Slurm, or (`local`) as Slurm would run it, on this machine.
-    Partition, account, time limit and so on are set by sbatch's own variables (SBATCH_PARTITION,
-    ...)."""
-    if importlib.util.find_spec("submitit") is None:
-        raise UserError(f"--executor {cluster} needs submitit; pip install submitit")
-    import submitit
-    executor = submitit.AutoExecutor(folder=Path(log).parent / "submitit", cluster=cluster)
-    executor.update_parameters(name="moto", timeout_min=24 * 60, cpus_per_task=threads,
-                               gpus_per_node=int(torch.cuda.is_available()))
-    command = ["sh", "-c", 'exec "$@" >>"$0" 2>&1', str(log), sys.executable, str(PROGRAM)]
-    return executor.submit(submitit.helpers.CommandFunction([*command, *argv]))
-
-
-def sweep(given, commands):
-    """--sweep: one run per task, variant and seed, `--jobs` of them at a time; the finished ones
-    are skipped.
-
-    given: the explicit flags, which all runs share, except that a variant keeps the numbers that
-    make it what it is (VARIANTS); commands: tasks, variants, seeds, jobs, executor. Runs live in
-    `<--logdir, or runs>/<task>-<variant>-seed<n>`, their output in log.txt there. The same command
-    continues a sweep that was stopped. Raises UserError, at the end, naming the runs that failed.
-    """
-    root, jobs = os.path.expanduser(given.pop("logdir", "runs")), commands.get("jobs", 1)
-    executor, known = commands.get("executor", "process"), ("process", "slurm", "local")
-    if executor not in known or jobs < 1:
-        raise UserError(f"--executor is one of {', '.join(known)}, and --jobs at least 1")
-    for one, many in (("task", "tasks"), ("variant", "variants"), ("seed", "seeds")):
-        if one in given and many in commands:
-            raise UserError(f"--{one} and --{many} are both there; give one of them")
-    each = {many: list(dict.fromkeys(commands.get(many, [given.pop(one, default)])))
-            for one, many, default in (("task", "tasks", "drawer-open"), ("variant", "variants", "moto"),
-                                       ("seed", "seeds", 0))}
-    threads = max(1, cores() // jobs)
-    waiting, total, running, failed = [], 0, {}, []
-    for variant in each["variants"]:                                                # the last changes fastest
-        for task in each["tasks"]:
-            for seed in each["seeds"]:
-                name = run_name(task, variant, seed)
-                shared = {k: v for k, v in given.items() if k not in VARIANTS.get(variant, {})}
-                mine = {"workers": threads} | shared | {
-                    "task": task, "variant": variant, "seed": seed, "logdir": str(Path(root) / name)}
-                total += 1
-                if not finished(build_config(**mine)):
-                    waiting.append((name, mine))
-    print(f"{total} runs in {root}: {total - len(waiting)} finished before, {len(waiting)} to do, {jobs} at "
-          "once")
-    with tqdm(total=total, initial=total - len(waiting), desc="sweep") as bar:
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    name, mine = waiting.pop(0)
-                    log = Path(mine["logdir"]) / "log.txt"
-                    write_atomically(log.with_name(".sweep"), lambda file: None)      # a bad disk shows now
-                    job = (Process(flags(mine), log, threads) if executor == "process" else
-                           submitted(flags(mine), log, threads, executor))
-                    running[name] = job, log
-                for name, (job, log) in list(running.items()):
-                    if job.done():
-                        del running[name]
-                        bar.update()
-                        try:
-                            job.result()
-                            result = json.loads(log.with_name("result.json").read_text())
-                            bar.write(f"{name}: success {result['offline_success']:.0%} offline, "
-                                      f"{result['final_success']:.0%} at the end")
-                        except Exception as error:                   # whatever it was, the others go on
-                            failed.append(f"{name} ({last_words(log) or error}; its log: {log})")
-                            bar.write(f"{name}: failed")
-                time.sleep(0.2)
-                exit_if_asked()
-        finally:
-            for job, _ in running.values():
-                job.cancel()
-    if failed:
-        raise UserError(f"{len(failed)} of {total} runs failed: {'; '.join(failed)}")
-
-
-def flags(values):
-    """A dict of config values -> the words of a command line."""
-    words = []
-    for name, value in values.items():
-        name = name.replace("_", "-")
-        words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}={value}"]
-    return words
-
-
-def last_words(log):
-    """The last line that the program itself wrote in a log: the sentence of a UserError, as a
-    rule."""
-    with contextlib.suppress(OSError):
-        lines = log.read_text(errors="replace").splitlines()
-        words = next((line[6:] for line in reversed(lines) if line.startswith("moto: ")), "")
-        return words if len(words) < 200 else words[:200] + " ..."
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------
 
 CONFIG = {f.name for f in dataclasses.fields(Config)}
-USES = {"evaluate": {"episodes", "workers", "device"}, "plot": set(),               # which flags go with which command
-        "sweep": CONFIG | {"tasks", "variants", "seeds", "jobs", "executor"}, "": CONFIG}
 
 
-def parse(argv):
-    """Flags -> (Config, dict of the other commands, dict of the config's explicit flags). Later
-    wins: defaults, preset, task, variant, flags."""
+def add_config_flags(parser):
+    """Give an argparse parser one flag per field of Config, absent from its result unless given,
+    and the presets and variants as its epilog."""
     presets = "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in changes.items())}"
                         for name, changes in PRESETS.items() if changes)
-    parser = argparse.ArgumentParser(
-        prog="moto.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        usage="moto.py [--FLAG VALUE ...] | --evaluate LOGDIR [--episodes N] | --plot LOGDIR ... | "
-        "[--FLAG VALUE ...] --sweep [--tasks TASK ...] [--variants V "
-        "...] [--seeds N ...] [--jobs N] [--executor E]",
-        description=__doc__.split("\n\n")[0], epilog="Defaults are those of the preset laptop. Others: "
-        f"{presets}. Variants: {', '.join(VARIANTS)}.")
-    parser.add_argument("--evaluate", metavar="LOGDIR", help="score an agent on new episodes, draw a GIF")
-    parser.add_argument("--episodes", type=int, metavar="N", help="with --evaluate: how many episodes")
-    parser.add_argument("--plot", metavar="LOGDIR", nargs="+", help="draw curves.png from one or many runs")
-    parser.add_argument("--sweep", action="store_true", help="one run per task, variant and seed, as "
-                        "processes; repeated, it resumes; --logdir: the folder of the run folders")
-    for name, kind in (("tasks", str), ("variants", str), ("seeds", int)):
-        parser.add_argument(f"--{name}", type=kind, nargs="+", help=f"with --sweep: the {name}")
-    parser.add_argument("--jobs", type=int, metavar="N", help="with --sweep: runs at once (default: 1)")
-    parser.add_argument("--executor", help="with --sweep: process (default), slurm, or local: submitit's own")
+    parser.epilog = (f"Defaults are those of the preset laptop. Others: {presets}. Variants: "
+                     f"{', '.join(VARIANTS)}.")
     for f in dataclasses.fields(Config):
         allowed = f", in {f.metadata['allowed']}" if f.metadata["allowed"] else ""
         text = f"{f.metadata['help']} (default: {f.default!r}{allowed})".replace("%", "%%")
-        flag, kind = f"--{f.name.replace('_', '-')}", f.type.__name__.upper()
+        kind = {"type": f.type, "metavar": f.type.__name__.upper()}
         if f.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            parser.add_argument(flag, type=f.type, metavar=kind, help=text)
+            kind = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text,
+                            **kind)
+
+
+def parse(argv):
+    """Words of a command line -> (Config, dict of --evaluate and --episodes, dict of the other
+    flags), both dicts with what is given alone. Later wins: defaults, preset, task, variant, flags.
+    Raises UserError."""
+    parser = argparse.ArgumentParser(
+        prog="moto.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        usage="moto.py [--FLAG VALUE ...] | --evaluate LOGDIR [--episodes N] [--workers N] "
+        "[--device D]",
+        description=__doc__.split("\n\n")[0])
+    parser.add_argument("--evaluate", metavar="LOGDIR",
+                        help="score an agent on new episodes, draw a GIF")
+    parser.add_argument("--episodes", type=int, metavar="N",
+                        help="with --evaluate: how many episodes")
+    add_config_flags(parser)
     given = vars(parser.parse_args(argv))
-    check_use(given)
-    commands = {name: given.pop(name) for name in [*given] if name not in CONFIG}
-    if commands.get("episodes", 1) < 1:
-        raise UserError(f"--episodes is {commands['episodes']} but must be at least 1")
+    commands = {name: given.pop(name) for name in ("evaluate", "episodes") if name in given}
+    check_use(commands, given)
     return build_config(**given), commands, given
 
 
-def check_use(given):
-    """Raise UserError on a flag that the command does not use: it would be ignored without a
-    word."""
-    command, *others = [name for name in USES if name in given] or [""]
-    if others:
-        raise UserError(f"--{command} and --{others[0]} are two commands; give one of them")
-    for name in sorted(given.keys() - USES[command] - {command}):
-        users = [f"--{user}" if user else "training" for user, flags in USES.items() if name in flags]
-        by = f"--{command}" if command else "training"
-        raise UserError(f"--{name.replace('_', '-')} is not used by {by}, only by {', '.join(users)}; "
-                        "leave it out")
+def check_use(commands, given):
+    """Raise UserError on a flag that would be ignored: --episodes in training, one of training with
+    --evaluate."""
+    this, other, unused = "training", "--evaluate", commands
+    if "evaluate" in commands:
+        this, other, unused = other, this, given.keys() - {"workers", "device"}
+    if unused:
+        name = min(unused).replace("_", "-")
+        raise UserError(f"--{name} is not used by {this}, only by {other}; leave it out")
+    if commands.get("episodes", 1) < 1:
+        raise UserError(f"--episodes is {commands['episodes']} but must be at least 1")
 
 
 def build_config(**given):
@@ -3261,25 +2967,17 @@ def signals_wait():
             signal.signal(number, handler)
 
 
-def main(argv=None):
-    """Returns the exit code: 0 done, 2 trouble, 130 / 143 stopped after Ctrl-C /
-    SIGTERM."""
+def exit_code(command, argv=None):
+    """Run command(argv), which raises UserError on bad input -> the exit code: 0 done, 2 after a
+    UserError, 130 / 143 stopped after Ctrl-C / SIGTERM."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        os._exit(2)          # a rollout worker imports a script that calls this unguarded: the program says so
+        os._exit(2)    # a rollout worker imports a script that calls this unguarded: it says so
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")            # what a terminal cannot show is no error
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no error
     with signals_wait():
         try:
-            cfg, commands, given = parse(argv)
-            if "plot" in commands:
-                plot(map(os.path.expanduser, commands["plot"]))
-            elif "sweep" in commands:
-                sweep(given, commands)
-            elif "evaluate" in commands:
-                evaluate_run(commands["evaluate"], commands.get("episodes"), **given)
-            else:
-                train(cfg)
+            command(argv)
             sys.stdout.flush()
         except UserError as trouble:
             print(f"moto: {trouble}", file=sys.stderr)
@@ -3291,6 +2989,20 @@ def main(argv=None):
         except BrokenPipeError:                                        # `| head` has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def train_or_evaluate(argv):
+    """The two commands of this file. Raises UserError."""
+    cfg, commands, given = parse(argv)
+    if "evaluate" in commands:
+        evaluate_run(commands["evaluate"], commands.get("episodes"), **given)
+    else:
+        train(cfg)
+
+
+def main(argv=None):
+    """The command line; returns the exit code."""
+    return exit_code(train_or_evaluate, argv)
 
 
 if __name__ == "__main__":

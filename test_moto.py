@@ -19,7 +19,7 @@ if getattr(moto, "__file__", None) != str(HERE / "moto.py"):         # or it is 
     moto = sys.modules["moto"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(moto)
 sys.path.insert(0, str(HERE / "experiments"))
-import baselines, bench
+import baselines, bench, reproduce
 
 TINY = dict(task="gym:test/Dot-v0", device="cpu", precision="float32", workers=1, image_size=16, action_repeat=1, episode_steps=12, batch=4, length=6, channels=4,
             deter=16, stoch=6, hidden=16, ensemble=3, horizon=3, offline_updates=6, online_episodes=2, updates_per_episode=4,
@@ -31,7 +31,7 @@ def tiny(**changes):
 
 
 def flags(**values):
-    return moto.flags(values)
+    return reproduce.flags(values)
 
 
 def batch_of(cfg, B=4, T=6, A=2, seed=0):
@@ -1095,18 +1095,20 @@ def test_a_baseline_that_was_stopped_resumes_bit_for_bit(dots, tmp_path, monkeyp
 def test_the_command_of_the_baselines_with_processes_that_play(dots, tmp_path, capsys):
     """Every process knows the class: the sweep's, and those in which its run plays episodes."""
     sweep = [*sweep_flags(dots, tmp_path, workers=2, online_episodes=1), "--tasks", DOT,
-             "--variants", "iql"]
-    folder = tmp_path / "gym-test_moto-test-Dot-v0-iql-seed0"
+             "--variants", "iql", "bc"]
+    iql, bc = (tmp_path / f"gym-test_moto-test-Dot-v0-{variant}-seed0" for variant in ("iql", "bc"))
     source = HERE / "experiments/baselines.py"
-    for argv in (sweep, ["--evaluate", folder, "--episodes", 2]):
-        command = [sys.executable, source, *map(str, argv)]
+    for program, argv in (("reproduce.py", sweep),
+                          ("baselines.py", ["--evaluate", iql, "--episodes", 2])):
+        command = [sys.executable, source.with_name(program), *map(str, argv)]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
                                 env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["variant"] == "iql"
-    assert (folder / source.name).read_bytes() == source.read_bytes()
-    assert moto.main([str(word) for word in sweep]) == 0
-    assert "1 finished before, 0 to do" in capsys.readouterr().out
+    assert (iql / source.name).read_bytes() == source.read_bytes()     # the program of its agent
+    assert (bc / "moto.py").exists() and not (bc / source.name).exists()
+    assert reproduce.main(sweep) == 0
+    assert "2 finished before, 0 to do" in capsys.readouterr().out
 
 
 def test_moto_alone_says_where_the_baselines_are(capsys, monkeypatch, tmp_path):
@@ -1115,8 +1117,7 @@ def test_moto_alone_says_where_the_baselines_are(capsys, monkeypatch, tmp_path):
         config = {"config": dataclasses.asdict(tiny(variant=name))}
         (tmp_path / "config.json").write_text(json.dumps(config))
         monkeypatch.delitem(moto.VARIANTS, name)
-        for argv in (["--variant", name], ["--sweep", "--variants", "moto", name],
-                     ["--evaluate", tmp_path]):
+        for argv in (["--variant", name], ["--evaluate", tmp_path]):
             one_sentence(capsys, argv, name, "python experiments/baselines.py")
 
 
@@ -1276,11 +1277,11 @@ def test_kill_minus_nine_during_a_save_loses_one_save_at_most(dots, tmp_path, ca
     assert run(dots, tmp_path) == 0
 
 
-def test_evaluate_and_plot_commands(finished, capsys):
+def test_the_command_that_evaluates_and_the_one_that_shows_runs(finished, capsys):
     assert moto.main(["--evaluate", str(finished), "--episodes", "3"]) == 0
     score = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert score["episodes"] == 3 and 0 <= score["success"] <= 1 and score["updates"] == 14
-    assert moto.main(["--plot", str(finished), str(finished)]) == 0              # it counts once: one seed
+    assert reproduce.main([str(finished), str(finished)]) == 0              # it counts once: one seed
     assert all((finished.parent / name).stat().st_size > 5000 for name in ("curves.png", "gap.png"))
     last = capsys.readouterr().out.splitlines()[-1].split(" | ")
     result = json.loads((finished / "result.json").read_text())
@@ -1292,7 +1293,8 @@ def test_the_legend_of_all_variants_fits_beneath_the_panels(tmp_path, monkeypatc
     drawn = []
     monkeypatch.setattr(moto, "save_figure", lambda fig, path: drawn.append(fig))
     groups = {variant: [({}, {0: {}, 100: {}})] for variant in moto.VARIANTS}
-    moto.draw_groups(tmp_path / "curves.png", {f"task {n}": groups for n in range(panels)}, "success", lambda row: 0.5)
+    tasks = {f"task {n}": groups for n in range(panels)}
+    reproduce.draw_groups(tmp_path / "curves.png", tasks, "success", lambda row: 0.5)
     drawn[0].canvas.draw()
     legend = drawn[0].legends[0].get_window_extent()
     assert len(drawn[0].legends[0].texts) == len(moto.VARIANTS) and legend.x0 >= 0 and legend.x1 <= drawn[0].bbox.width
@@ -1300,16 +1302,16 @@ def test_the_legend_of_all_variants_fits_beneath_the_panels(tmp_path, monkeypatc
 
 def test_the_interval_covers_what_seeds_and_episodes_leave_open():
     row = lambda success, n: {"evaluation/success": success, "evaluation/episodes": n}
-    low, high = moto.interval([row(0.5, 50)])
+    low, high = reproduce.interval([row(0.5, 50)])
     assert 0.35 < low < 0.39 and 0.61 < high < 0.65                                         # one binomial: 0.5 +- 1.96 * 0.0707
     placed = lambda *counts: {"evaluation/success": counts[4] / 20, "evaluation/episodes": 20, "evaluation/counts": counts,
                               "evaluation/completed": np.dot(range(5), counts) / 20}       # Kitchen: episodes with 0 to 4 objects
-    low, high = moto.interval([placed(10, 0, 0, 0, 10)])
+    low, high = reproduce.interval([placed(10, 0, 0, 0, 10)])
     assert 0.27 < low < 0.33 and 0.67 < high < 0.73                                         # all or nothing: 20 draws, not 80
-    assert np.diff(moto.interval([placed(0, 0, 20, 0, 0)])) < 0.13 and np.diff(moto.interval([placed(10, 0, 0, 0, 10)])) > 0.37
-    wide = np.diff(moto.interval([row(0.1, 50), row(0.9, 50)]))
-    assert wide > 0.7 > 0.2 > np.diff(moto.interval([row(0.5, 50), row(0.5, 50)]))            # seeds that differ widen it
-    assert np.diff(moto.interval([row(0.5, 5000)])) < 0.03 and moto.interval([row(1.0, 50)])[0] > 0.93
+    assert np.diff(reproduce.interval([placed(0, 0, 20, 0, 0)])) < 0.13 and np.diff(reproduce.interval([placed(10, 0, 0, 0, 10)])) > 0.37
+    wide = np.diff(reproduce.interval([row(0.1, 50), row(0.9, 50)]))
+    assert wide > 0.7 > 0.2 > np.diff(reproduce.interval([row(0.5, 50), row(0.5, 50)]))            # seeds that differ widen it
+    assert np.diff(reproduce.interval([row(0.5, 5000)])) < 0.03 and reproduce.interval([row(1.0, 50)])[0] > 0.93
 
 
 def test_what_acts_is_enough_to_evaluate_and_not_enough_to_continue(finished, dots, tmp_path, capsys):
@@ -1356,7 +1358,7 @@ DOT = "gym:test_moto:test/Dot-v0"                                 # a name that 
 
 def sweep_flags(dots, root, **changes):
     common = {name: value for name, value in (TINY | {"data": dots, "logdir": root} | changes).items() if name != "task"}
-    return ["--sweep", *moto.flags(common)]
+    return reproduce.flags(common)
 
 
 def finish_times(root):
@@ -1367,10 +1369,13 @@ def test_a_sweep_runs_all_reports_failures_and_skips_what_is_finished(dots, tmp_
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))   # of the sweep's processes: sums depend on it
     argv = [*sweep_flags(dots, tmp_path), "--tasks", DOT, "gym:NoSuch-v0",
             "--variants", "moto", "no-unc", "--jobs", "2"]
-    assert moto.main(argv) == 2
+    assert reproduce.main(argv) == 2
     captured = capsys.readouterr()
     names = {f"gym-test_moto-test-Dot-v0-{variant}-seed0" for variant in ("moto", "no-unc")}
     assert set(finish_times(tmp_path)) == names and "4 runs" in captured.out and "2 of 4 runs failed" in captured.err
+    shown = lambda out: [line.split(" | ")[:3] for line in out.splitlines() if line.startswith("| gym")]
+    assert shown(captured.out) == [[f"| {DOT}", variant, "0"] for variant in ("moto", "no-unc")]
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("curves.png", "gap.png"))
     failed, other = "gym-NoSuch-v0-no-unc-seed0", "gym-test_moto-test-Dot-v0-no-unc-seed0"
     assert failed in captured.err and "NoSuch" in (tmp_path / failed / "log.txt").read_text()
     alone = tmp_path / "alone" / "no-unc"              # each run is what its own command makes
@@ -1380,16 +1385,17 @@ def test_a_sweep_runs_all_reports_failures_and_skips_what_is_finished(dots, tmp_
     before = finish_times(tmp_path)
     capsys.readouterr()
     mine = [word for word in argv if word != "gym:NoSuch-v0"]
-    assert moto.main(mine) == 0
+    assert reproduce.main(mine) == 0
     assert finish_times(tmp_path) == before and "2 finished before, 0 to do" in capsys.readouterr().out
-    assert not moto.finished(moto.build_config(**(TINY | dict(task=DOT, data=str(dots), logdir=str(tmp_path / min(names)), gamma=0.5))))
-    assert moto.main([word for word in mine if word != "moto"] + ["--online-episodes", "3"]) == 0      # another budget: not finished
+    assert not reproduce.finished(moto.build_config(**(TINY | dict(task=DOT, data=str(dots), logdir=str(tmp_path / min(names)), gamma=0.5))))
+    assert reproduce.main([word for word in mine if word != "moto"] + ["--online-episodes", "3"]) == 0      # another budget: not finished
     assert {name for name in names if finish_times(tmp_path)[name] != before[name]} == {other}
+    assert shown(capsys.readouterr().out) == [[f"| {DOT}", "no-unc", "0"]]      # the runs of the command alone
 
 
 def test_flags_of_a_sweep_leave_a_variant_what_it_is_and_a_single_run_says_what_it_became(dots, tmp_path, capsys):
     argv = [*sweep_flags(dots, tmp_path, online_episodes=1, repr_weight=3.0, alpha=0.5), "--tasks", DOT, "--variants", "no-bc", "no-unc", "bc"]
-    assert moto.main([str(word) for word in argv]) == 0
+    assert reproduce.main(argv) == 0
     config = {v: json.loads((tmp_path / f"gym-test_moto-test-Dot-v0-{v}-seed0" / "config.json").read_text())["config"] for v in ("no-bc", "no-unc", "bc")}
     assert [config[v]["repr_weight"] for v in config] == [0, 3, 3] and [config[v]["alpha"] for v in config] == [0.5, 0, 0.5]
     assert [config[v]["online_episodes"] for v in config] == [1, 1, 0] and config["no-bc"]["beta"] == 0
@@ -1405,7 +1411,7 @@ def test_a_killed_sweep_leaves_nothing_running_and_resumes(dots, tmp_path, capsy
     """Two runs, one at a time. The sweep dies in the second, whose process saves and stops; repeated, only that one is continued."""
     import select
     argv = [*sweep_flags(dots, tmp_path, offline_updates=400, save_every=20, log_every=20), "--tasks", DOT, "--seeds", "0", "1"]
-    process = subprocess.Popen([sys.executable, HERE / "moto.py", *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    process = subprocess.Popen([sys.executable, HERE / "experiments/reproduce.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
     while not process.stdout.readline().startswith("gym-test_moto-test-Dot-v0-moto-seed0: success"):
         assert process.poll() is None
@@ -1421,7 +1427,7 @@ def test_a_killed_sweep_leaves_nothing_running_and_resumes(dots, tmp_path, capsy
     done = torch.load(second / "checkpoint.pt", weights_only=True)["state"]["updates"]
     assert 0 < done < 408 and not (second / "result.json").exists()
     before = finish_times(tmp_path)
-    assert moto.main([str(word) for word in argv]) == 0 and "1 finished before, 1 to do" in capsys.readouterr().out
+    assert reproduce.main(argv) == 0 and "1 finished before, 1 to do" in capsys.readouterr().out
     assert f"continuing at update {done}" in (second / "log.txt").read_text()
     assert finish_times(tmp_path).keys() == {first.name, second.name} and finish_times(tmp_path)[first.name] == before[first.name]
 
@@ -1430,16 +1436,16 @@ def test_a_sweep_through_submitit(dots, tmp_path, capsys):
     pytest.importorskip("submitit")
     argv = [*sweep_flags(dots, tmp_path, online_episodes=1), "--tasks", "gym:NoSuch-v0", DOT,
             "--variants", "iql", "--jobs", "2", "--executor", "local"]
-    assert moto.main([str(word) for word in argv]) == 2
+    assert reproduce.main(argv) == 2
     assert list(finish_times(tmp_path)) == ["gym-test_moto-test-Dot-v0-iql-seed0"]
     assert "NoSuch" in capsys.readouterr().err
 
 
 def test_a_reader_that_stops_reading_is_no_error(tmp_path):
-    """As in `python moto.py --plot experiments/runs/*-seed* | head -3`."""
+    """As in `python experiments/reproduce.py experiments/runs/*-seed* | head -3`."""
     name = "drawer-open-bc-seed3"
     shutil.copytree(HERE / "experiments/runs" / name, tmp_path / name)
-    process = subprocess.Popen([sys.executable, HERE / "moto.py", "--plot", tmp_path / "drawer-open-bc-seed3"], stdout=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, HERE / "experiments/reproduce.py", tmp_path / name], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": ""})
     process.stdout.close()                                           # before it has written anything
     errors = process.stderr.read()
@@ -1469,9 +1475,9 @@ def test_importing_moto_has_no_side_effects_and_needs_no_simulator(tmp_path):
     assert result.returncode == 0 and result.stdout == "" and not list(tmp_path.iterdir()), result.stderr
 
 
-def one_sentence(capsys, argv, *words):
+def one_sentence(capsys, argv, *words, program=moto):
     moto.stop_requested["signal"] = None
-    assert moto.main([str(a) for a in argv]) == 2
+    assert program.main([str(a) for a in argv]) == 2
     err = capsys.readouterr().err
     message = [line for line in re.split(r"[\r\n]", err) if line.startswith("moto: ")]
     assert len(message) == 1 and "Traceback" not in err
@@ -1497,12 +1503,11 @@ def one_sentence(capsys, argv, *words):
     (["--precision", "int8"], ["--precision"]),
     (["--data", "/nowhere/at/all"], ["no folder"]),
     (["--evaluate", "/nowhere"], ["run folder"]),
-    (["--plot", "/nowhere"], ["run folder"]),
     (["--logdir", "/proc/none/x"], ["cannot write"]),
 ])
 def test_bad_input_gets_one_sentence(capsys, tmp_path, argv, words):
     defaults = {"--logdir": tmp_path / "run", "--cache": tmp_path / "demos", "--preset": "debug", "--device": "cpu"}
-    training = argv[0] not in ("--evaluate", "--plot")
+    training = argv[0] != "--evaluate"
     one_sentence(capsys, argv + [w for k, v in defaults.items() if k not in argv and training for w in (k, v)], *words)
 
 
@@ -1515,13 +1520,22 @@ def test_the_bench_with_bad_arguments_says_so(capsys, argv, words):
     assert words in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize("argv, words", [(["--sweep", "--variants", "motto"], "did you mean moto"),
-                                         (["--sweep", "--jobs", "0"], "--jobs at least 1"), (["--sweep", "--executor", "pbs"], "process, slurm, local"),
-                                         (["--evaluate", "no/such/run"], "no run folder")])
-def test_commands_with_bad_arguments_say_so(capsys, argv, words):
-    assert moto.main(argv) == 2
-    error = capsys.readouterr().err
-    assert words in error and "Traceback" not in error
+@pytest.mark.parametrize("argv, words", [
+    ([], ["--tasks", "run folders"]),
+    (["/nowhere"], ["/nowhere is no run folder"]),
+    (["--variants", "moto", "icl"], ["did you mean iql"]),
+    (["--tasks", "hammer", "--gamma", "2"], ["--gamma", "[0, 1)"]),
+    (["--jobs", "0"], ["--jobs at least 1"]),
+    (["--executor", "pbs"], ["process, slurm, local"]),
+    (["--seed", "1", "--seeds", "2"], ["--seed", "--seeds"]),
+    (["RUN", "--alpha", "2", "--jobs", "3"], ["--alpha", "--jobs", "run folders"]),
+])
+def test_bad_arguments_of_many_runs_are_refused_before_anything_starts(
+        finished, capsys, tmp_path, monkeypatch, argv, words):
+    monkeypatch.chdir(tmp_path)
+    argv = [str(finished) if word == "RUN" else word for word in argv]
+    one_sentence(capsys, argv, *words, program=reproduce)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("short, chosen", [(1.0, "bfloat16"), (1.9, "float32"), (4.0, "float32")])
@@ -1742,7 +1756,7 @@ def test_nothing_decorative_fails_a_run(dots, tmp_path, broken):
     (tmp_path / "tensorboard" / "__init__.py").write_text("raise TypeError('broken')")
     code = ("import os\nsys.modules['resource'] = None\nos.environ.pop('DISPLAY', None)\nsys.path.insert(0, sys.argv[1])\n"
             f"os.environ['MPLBACKEND'] = '{'no such backend' if broken else 'tkagg'}'\n"
-            "sys.exit(moto.main(sys.argv[2:]) or moto.main(['--plot', sys.argv[1] + '/run']))")
+            "sys.exit(moto.main(sys.argv[2:]) or t.reproduce.main([sys.argv[1] + '/run']))")
     done = child(code, tmp_path, *flags(**(TINY | {"data": dots, "logdir": tmp_path / "run"})))
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     left = {path.name for path in (tmp_path / "run").iterdir()}
@@ -1768,21 +1782,18 @@ def test_runs_are_grouped_by_configuration_and_those_without_a_score_left_out(fi
     folders = [variation("a"), variation("b", seed=1, logdir="elsewhere", workers=2), variation("c", seed=2, beta=0.03),
                variation("d", variant="bc"), variation("begun")]
     (tmp_path / "begun" / "metrics.jsonl").write_text("")
-    assert moto.main(["--plot", *folders, folders[0] + "/../a"]) == 0
+    assert reproduce.main([*folders, folders[0] + "/../a"]) == 0
     out, err = capsys.readouterr()
     rows = [line.split(" | ")[1:3] for line in out.splitlines() if line.startswith("| gym")]
     assert rows == [["moto, beta 1.0", "0, 1"], ["moto, beta 0.03", "2"], ["bc", "0"]]
     assert "nan" not in out and f"left out, without a score yet: {tmp_path / 'begun'}" in err
-    one_sentence(capsys, ["--plot", folders[-1]], "no score yet", "begun")
+    one_sentence(capsys, [folders[-1]], "no score yet", "begun", program=reproduce)
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--evaluate", "RUN", "--seed", "7"], ["--seed", "--evaluate", "--sweep, training"]),
-    (["--evaluate", "RUN", "--plot", "RUN"], ["--evaluate", "--plot", "two commands"]),
-    (["--plot", "RUN", "--alpha", "2"], ["--alpha", "--plot"]),
-    (["--episodes", "3", "--preset", "debug"], ["--episodes", "training", "--evaluate"]),
-    (["--seeds", "3", "--preset", "debug"], ["--seeds", "--sweep"]),
-    (["--sweep", "--seed", "1", "--seeds", "2", "--preset", "debug"], ["--seed", "--seeds"]),
+    (["--evaluate", "RUN", "--seed", "7"], ["--seed", "--evaluate", "only by training"]),
+    (["--evaluate", "RUN", "--no-compile"], ["--compile", "--evaluate", "only by training"]),
+    (["--episodes", "3", "--preset", "debug"], ["--episodes", "training", "only by --evaluate"]),
 ])
 def test_a_flag_that_a_command_does_not_use_is_refused(finished, capsys, argv, words):
     one_sentence(capsys, [str(finished) if word == "RUN" else word for word in argv], *words)
@@ -1791,7 +1802,7 @@ def test_a_flag_that_a_command_does_not_use_is_refused(finished, capsys, argv, w
 def test_a_sweep_with_a_seed_twice_runs_it_once(dots, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     argv = [*sweep_flags(dots, "~/runs", offline_updates=1, online_episodes=0), "--tasks", DOT, DOT, "--variants", "bc", "bc", "--seeds", "1", "1"]
-    assert moto.main([str(word) for word in argv]) == 0 and "1 runs" in capsys.readouterr().out
+    assert reproduce.main(argv) == 0 and "1 runs" in capsys.readouterr().out
     assert [path.parent.parent.name for path in tmp_path.rglob("result.json")] == ["runs"]
 
 
@@ -2288,7 +2299,7 @@ def test_kitchen_from_the_command_line(tmp_path):
     assert 0 <= result["final_completed"] <= 4 and sum(result["final_counts"]) == 2 and (tmp_path / "run" / "combination.png").stat().st_size > 10_000
     for path in (tmp_path / "demos").rglob("attempt*.npz"):
         assert moto.load_episode(path, 16, 9)["reward"].max() <= 3
-    assert moto.main(["--plot", str(tmp_path / "run")]) == 0
+    assert reproduce.main([str(tmp_path / "run")]) == 0
 
 
 # ------------------------------------------------------------------------------------------------------ learning

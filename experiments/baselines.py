@@ -2,7 +2,7 @@
 
     python experiments/baselines.py --task drawer-open --variant iql         # or cql, or sac
     python experiments/baselines.py --evaluate runs/drawer-open-iql-seed0
-    python experiments/baselines.py --sweep --tasks drawer-open --variants iql cql sac --seeds 0 1 2
+    python experiments/reproduce.py --tasks drawer-open --variants iql cql sac --seeds 0 1 2
 
 Every command and flag of moto.py works here, and so do its own variants. Each class below is an
 agent with the interface of moto.MOTO: `update(batch)` -> metrics, `ema_policy`, the policy that
@@ -49,8 +49,9 @@ class IQL(moto.Agent):
         critic = moto.Critic(cfg, action_size)
         rates = {"encoder": cfg.actor_lr, "actor": cfg.actor_lr,
                  "critic": cfg.critic_lr, "value": cfg.critic_lr}
-        self.prepare(rates, encoder=encoder, actor=actor, ema_policy=moto.StackPolicy(encoder, actor),
-                     critic=critic, target=copy.deepcopy(critic).requires_grad_(False),
+        self.prepare(rates, encoder=encoder, actor=actor,
+                     ema_policy=moto.StackPolicy(encoder, actor), critic=critic,
+                     target=copy.deepcopy(critic).requires_grad_(False),
                      value=moto.mlp(cfg.deter + cfg.stoch, cfg.hidden, 1))
 
     def update(self, batch):
@@ -110,8 +111,9 @@ class CQL(moto.Agent):
         log_tau = nn.ParameterList([nn.Parameter(torch.tensor(math.log(0.1)))])
         rates = {"encoder": cfg.actor_lr, "actor": cfg.actor_lr,
                  "critic": cfg.critic_lr, "log_tau": cfg.actor_lr}
-        self.prepare(rates, encoder=encoder, actor=actor, ema_policy=moto.StackPolicy(encoder, actor),
-                     critic=critic, target=copy.deepcopy(critic).requires_grad_(False),
+        self.prepare(rates, encoder=encoder, actor=actor,
+                     ema_policy=moto.StackPolicy(encoder, actor), critic=critic,
+                     target=copy.deepcopy(critic).requires_grad_(False),
                      log_tau=log_tau)
 
     def update(self, batch):
@@ -176,7 +178,7 @@ class SAC(CQL):
 for name, learner in {"iql": IQL, "cql": CQL, "sac": SAC}.items():
     moto.AGENTS[name] = learner
     moto.VARIANTS[name] = {}                                         # changes no number of Config
-moto.PROGRAM = Path(__file__).resolve()                              # each run keeps a copy of it
 
 if __name__ == "__main__":
+    moto.PROGRAM = Path(__file__).resolve()                          # each run keeps a copy of it
     sys.exit(moto.main())
