@@ -1,46 +1,46 @@
-"""MOTO in one file: offline pre-training to online fine-tuning for model-based robot learning, from pixels.
+"""MOTO in one file: offline pre-training to online fine-tuning for model-based robot learning,
+from pixels.
 
     python moto.py --task drawer-open                      # demonstrate, pre-train, fine-tune, draw
-    python moto.py --task hammer --variant no-unc          # an ablation; the same command again resumes a run
+    python moto.py --task hammer --variant no-unc          # an ablation; repeated, it resumes
+    python moto.py --evaluate experiments/agents/drawer-open    # score an agent on fresh episodes
+    python moto.py --help                                  # every number, its symbol, its source
     python experiments/baselines.py --variant iql          # or cql, or sac: without a model
-    python moto.py --evaluate experiments/agents/drawer-open  # score an agent on fresh episodes
-    python experiments/reproduce.py --tasks hammer --variants moto bc --seeds 0 1 2      # many runs
-    python experiments/reproduce.py runs/*-seed*           # learning curves and a table of them
+    python experiments/reproduce.py --tasks hammer drawer-open --variants moto bc --seeds 0 1 2
     python experiments/bench.py                            # where the time goes on this machine
-    python moto.py --help                                  # every number, its symbol, where it comes from
 
-The paper: Rafailov, Hatch, Kolev, Martin, Phielipp, Finn, "MOTO: Offline Pre-training to Online Fine-tuning
-for Model-based Robot Learning", CoRL 2023, arXiv 2401.03306.
+The paper: Rafailov, Hatch, Kolev, Martin, Phielipp, Finn, "MOTO: Offline Pre-training to Online
+Fine-tuning for Model-based Robot Learning", CoRL 2023, arXiv 2401.03306.
 
 The algorithm in ten lines:
     1. collect a few demonstrations (images, actions, sparse rewards)
-    2. repeat N times on the demonstrations alone (offline), then U times after each new episode (online; one
-       that succeeds joins the demonstrations):
+    2. repeat N times on the demonstrations alone (offline), then U times after each new episode
+       (online; one that succeeds joins the demonstrations):
     3.     sample B sequences of T steps
-    4.     world model: filter the images into latents (Eq 1); learn to predict the next latent with K heads
-           (Eq 2), the image and the reward (Eq 3), by maximising the evidence lower bound (Eq 4, 5)
-    5.     from every real latent imagine H steps under the current policy (Eq 8); where the K heads disagree
-           (Eq 6) the predicted reward is lowered (Eq 7)
+    4.     world model: filter the images into latents (Eq 1); learn to predict the next latent with
+           K heads (Eq 2), the image and the reward (Eq 3): the evidence lower bound (Eq 4, 5)
+    5.     from every real latent imagine H steps under the current policy (Eq 8); where the K heads
+           disagree (Eq 6) the predicted reward is lowered (Eq 7)
     6.     expand the value along the imagined steps (Eq 9)
-    7.     critic: regress on the expanded value, at the real action and at the imagined ones (Eq 10, 11, 12)
-    8.     actor: raise the expanded value through the model, and stay near the demonstrations (Eq 13, 14, 15)
+    7.     critic: regress on it, at the real action and at the imagined ones (Eq 10, 11, 12)
+    8.     actor: raise it through the model, and stay near the demonstrations (Eq 13, 14, 15)
     9. Theorem B.1 says why lowering the reward is safe (Eq 16, on a table)
 
-Read forward: the mathematics first, then behaviour cloning, then the plumbing (files, simulators,
-pictures, command line).
+Read forward: first the mathematics, then the agent and behaviour cloning, then files, simulators,
+the two loops, pictures and the command line.
 
-Axes:    B batch, T time, H horizon, K ensemble, A action, E embedding, D deterministic, S stochastic,
-         F = D + S (feature), N = B * T, P pixels a side, L steps of an episode.
-Letters: x image, a action, r reward, z stochastic latent, h deterministic latent, s = (h, z), u disagreement,
-         gamma discount, lam the mixing weight of Eq 9, alpha the penalty, beta the behaviour weight,
-         eta the entropy weight.
+Axes:    B batch, T time, H horizon, K ensemble, A action, E embedding, D deterministic,
+         S stochastic, F = D + S (feature), N = B * T, P pixels a side, L steps of an episode.
+Letters: x image, a action, r reward, z stochastic latent, h deterministic latent, s = (h, z),
+         u disagreement, gamma discount, lam the mixing weight of Eq 9, alpha the penalty,
+         beta the behaviour weight, eta the entropy weight.
 Time:    a[t] and r[t] are the action that led INTO x[t] and the reward received on arriving there;
-         a[0] = 0, r[0] = 0. So the action that leaves s[t] is a[t+1]. Half of all ports are off by one here.
+         a[0] = 0, r[0] = 0. So the action that leaves s[t] is a[t+1].
 Sharp edges are marked "SHARP"; departures from the paper "DEPARTURE" (README lists them all).
 """
 import argparse, contextlib, copy, dataclasses, difflib, functools, hashlib, importlib.metadata
-import importlib.util, inspect, json, math, multiprocessing, os, platform, shutil, signal, subprocess, sys
-import threading, time, warnings
+import importlib.util, inspect, json, math, multiprocessing, os, platform, shutil, signal
+import subprocess, sys, threading, time, warnings
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,177 +52,152 @@ from torch import nn
 from tqdm import tqdm
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Config: every number of the method. Each field is a flag of the command line.
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def opt(default, help, allowed=""):
-    """A field of Config: its default, what it is (symbol, [source]), and the interval it must lie
-    in."""
+    """A field of Config: its default, its meaning (symbol, [source]), its allowed interval."""
     return field(default=default, metadata={"help": help, "allowed": allowed})
 
 
 @dataclass
 class Config:
     # The task
-    task: str = opt("drawer-open", "a Meta-World task by plain name, kitchen-partial or -mixed, gym:ENV_ID, or "
-                                  "gym:MODULE:ENV_ID for one that another package registers")
-    variant: str = opt("moto", "moto, or an ablation: each changes numbers of this config, nothing else")
+    task: str = opt("drawer-open", "a Meta-World task, kitchen-partial, kitchen-mixed, gym:ENV_ID, "
+                    "or gym:MODULE:ENV_ID for one that another package registers")
+    variant: str = opt("moto", "moto, an ablation (each changes numbers of this config), or bc")
     preset: str = opt("auto", "debug (seconds), laptop (default on CPU), paper (default on a GPU)")
-    seed: int = opt(0, "seeds networks, batches, demonstrations, episodes", "[0, 4294967296)")
-    logdir: str = opt("", "run folder; a run there is continued. Empty: runs/<task>-<variant>-seed<seed>")
+    seed: int = opt(0, "of networks, batches, demonstrations, episodes", "[0, 4294967296)")
+    logdir: str = opt("", "run folder; a run there is continued. Default: runs/<task>-<variant>-"
+                      "seed<seed>")
     device: str = opt("auto", "cpu, cuda, or auto")
-    precision: str = opt("auto", "float32, bfloat16 (autocast), or auto: bfloat16 where it is faster")
-    compile: bool = opt(True, "torch.compile where it pays: on a GPU, or for 5,000 updates and more")
-    workers: int = opt(0, "processes that play episodes; 0: one per CPU core, 8 at most; 1: none, all in one",
-                       "[0, inf)")
+    precision: str = opt("auto", "float32, bfloat16, or auto: bfloat16 where that is faster")
+    workers: int = opt(0, "processes that play episodes; 0: one per core, 8 at most", "[0, inf)")
     image_size: int = opt(64, "P, pixels a side, a multiple of 16 [paper: 64]", "[16, inf)")
-    supersample: int = opt(2, "Meta-World: a pixel is the mean of this many squared rendered ones",
-                           "[1, inf)")
-    action_repeat: int = opt(2, "simulator steps per agent step [authors' baselines: 2]",
-                             "[1, inf)")
-    episode_steps: int = opt(100, "L, agent steps per episode; a time limit, no terminal state [paper: 200]",
-                             "[1, inf)")
-    success_reward: float = opt(1.0, "a step with this reward is a success, where gym reports none",
-                                "(-inf, inf)")
+    action_repeat: int = opt(2, "simulator steps per agent step [authors: 2]", "[1, inf)")
+    episode_steps: int = opt(100, "L, the time limit in agent steps [paper: 200]", "[1, inf)")
     # Data
-    data: str = opt("", "folder of your own .npz episodes (layout in README); empty: scripted demonstrations")
+    data: str = opt("", "folder of .npz episodes (layout in README), or minari:ID for Franka "
+                    "Kitchen. Default: scripted demonstrations")
     demos: int = opt(10, "successful scripted demonstrations to collect [paper: 10]", "[1, inf)")
-    demo_noise: float = opt(0.1, "std of the noise on scripted actions; the noisy action is recorded",
-                            "[0, inf)")
-    demo_tail: int = opt(10, "agent steps a demonstration goes on after its first success",
-                         "[0, inf)")
+    demo_noise: float = opt(0.1, "standard deviation of the noise on scripted actions", "[0, inf)")
     cache: str = opt("runs/demos", "where demonstrations are kept for the next run")
-    offline_fraction: float = opt(0.5, "online: share of each batch drawn from the offline data",
-                                  "[0, 1]")
+    offline_fraction: float = opt(0.5, "online: share of a batch from the offline data", "[0, 1]")
     batch: int = opt(16, "B, sequences per batch [LOMPO: 64]", "[1, inf)")
-    length: int = opt(16, "T, steps per sequence [LOMPO: 50]", "[2, inf)")
-    shift: int = opt(3, "random shifts of the images, in pixels [DrQ: 4 of 84]; 0: none",
-                     "[0, inf)")
+    length: int = opt(16, "T, steps per sequence [LOMPO: 50]", "[4, inf)")
+    shift: int = opt(3, "random shifts of the images, in pixels [DrQ: 4 of 84]", "[0, inf)")
     # World model
     channels: int = opt(16, "width of the first convolution; it doubles three times", "[1, inf)")
     deter: int = opt(256, "D, size of h [LOMPO: 256]", "[1, inf)")
     stoch: int = opt(32, "S, size of z [LOMPO: 64]", "[1, inf)")
     hidden: int = opt(256, "width of the hidden layers", "[1, inf)")
     ensemble: int = opt(5, "K, prior heads, Eq 2 [LOMPO: 7]", "[1, inf)")
-    decode: float = opt(0.5, "share of a batch's frames, drawn at random, in the image term of Eq 4",
-                        "(0, 1]")
-    kl_balance: float = opt(0.8, "w, Eq 5: share of the KL that trains the prior [DreamerV2: 0.8]",
-                            "[0, 1]")
-    free_nats: float = opt(1.0, "Eq 5: KL below this many nats is not pressed further [DreamerV2: 1]",
-                           "[0, inf)")
-    kl_scale: float = opt(1.0, "weight of the KL in Eq 4; less: latents more exact, imagination less",
-                          "[0, inf)")
-    reward_scale: float = opt(10.0, "weight of -ln p(r|s) in Eq 4: one number beside 12,288 pixels",
-                              "[0, inf)")
-    reward_head: str = opt("auto", "p(r|s): bernoulli (r is 0 or 1), normal, auto: bernoulli on Meta-World")
-    repr_weight: float = opt(10.0, "weight of the behaviour gradient into encoder and RSSM (DEPARTURE)",
-                             "[0, inf)")
-    memory: int = opt(0, "steps that acting looks back (DEPARTURE); 0: to the reset", "[0, inf)")
-    forget: float = opt(0.25, "share of steps before which the behaviour term's memory is wiped (DEPARTURE)",
-                        "[0, 1]")
-    latent_noise: float = opt(1.0, "noise of the latents that the behaviour term and sampling episodes see: "
-                                   "1 the posterior's, 0 its means (DEPARTURE)", "[0, inf)")
+    free_nats: float = opt(1.0, "Eq 5: a KL below this is left alone [DreamerV2: 1]", "[0, inf)")
+    reward_scale: float = opt(10.0, "c_r, Eq 4: weight of -ln p(r|s), one number beside 12,288 "
+                              "pixels", "[0, inf)")
+    reward_head: str = opt("auto", "p(r|s), Eq 3: bernoulli (r is 0 or 1), normal, or auto: "
+                           "bernoulli on Meta-World")
+    bc_repr_weight: float = opt(10.0, "weight of the behaviour term's gradient into encoder and "
+                                "RSSM (DEPARTURE)", "[0, inf)")
+    context: int = opt(0, "images that acting looks back (DEPARTURE); 0: to the reset", "[0, inf)")
+    reset_prob: float = opt(0.25, "share of steps before which the behaviour term's state is reset "
+                            "(DEPARTURE)", "[0, 1]")
+    latent_std_scale: float = opt(1.0, "times the posterior's standard deviation, for the "
+                                  "behaviour term and sampled episodes (DEPARTURE)", "[0, inf)")
     # Value expansion, critic, actor
     horizon: int = opt(5, "H, imagined steps [LOMPO: 5]", "[1, inf)")
     gamma: float = opt(0.98, "discount", "[0, 1)")
-    lam: float = opt(0.95, "lam, Eq 9: 0 one-step values, 1 the whole horizon [DreamerV2: 0.95]",
-                     "[0, 1]")
-    alpha: float = opt(1.0, "penalty, Eq 7: reward lost where u exceeds its mean on the data by once that",
+    lam: float = opt(0.95, "Eq 9: 0 one-step values, 1 whole horizon [DreamerV2: 0.95]", "[0, 1]")
+    alpha: float = opt(1.0, "penalty, Eq 7: reward lost where u is twice its mean on the data",
                        "[0, inf)")
     beta: float = opt(1.0, "weight of the behaviour term, Eq 14", "[0, inf)")
     eta: float = opt(1e-4, "weight of the entropy term, Eq 14", "[0, inf)")
-    pixel_prior: bool = opt(False, "a behaviour prior of its own, on --frames stacked images, says what to "
-                                   "do in online states, too (DEPARTURE); off: the data alone say it")
-    min_std: float = opt(0.05, "smallest deviation of the policy, before the tanh [DreamerV2: 0.1]",
-                         "(0, inf)")
-    imitate_ahead: int = opt(0, "steps: imitate only stretches this short to a new high (DEPARTURE); 0: all",
+    pixel_prior: bool = opt(False, "a behaviour prior of its own, on stacked images, gives the "
+                            "behaviour term's targets in online states (DEPARTURE)")
+    min_std: float = opt(0.05, "smallest standard deviation of the policy, before the tanh "
+                         "[DreamerV2: 0.1]", "(0, inf)")
+    imitate_ahead: int = opt(0, "imitate only stretches of at most so many steps to a new highest "
+                             "reward (DEPARTURE); 0: all", "[0, inf)")
+    real_weight: float = opt(1.0, "weight of real transitions, Eq 11; 0: imagined ones alone",
                              "[0, inf)")
-    imitate_success: bool = opt(True, "online episodes as good as the demonstrations join them (DEPARTURE)")
-    real_weight: float = opt(1.0, "weight of real transitions, Eq 11; 0: critics learn in imagination alone",
-                             "[0, inf)")
-    value_weight: float = opt(1.0, "weight of the value in the actor's loss, Eq 14; 0: behaviour cloning",
-                              "[0, inf)")
-    target_rate: float = opt(0.1, "Eq 12: step of the target critics towards the critics", "[0, 1]")
-    ema_rate: float = opt(0.005, "smallest step of the averaged weights that act (DEPARTURE; 1: none)",
-                         "[0, 1]")
+    target_rate: float = opt(0.1, "Eq 12: step of the target critics to the critics", "[0, 1]")
+    ema_rate: float = opt(0.005, "smallest step of the averaged weights that act (DEPARTURE)",
+                          "[0, 1]")
     model_lr: float = opt(6e-4, "learning rate of the world model [LOMPO: 6e-4]", "(0, inf)")
     actor_lr: float = opt(3e-4, "learning rate of the actor [LOMPO: 3e-4]", "(0, inf)")
     critic_lr: float = opt(1e-3, "learning rate of the critics [LOMPO: 3e-4]", "(0, inf)")
-    grad_clip: float = opt(100.0, "largest norm of each optimiser's gradient", "(0, inf)")
-    # The model-free baselines
-    frames: int = opt(3, "images stacked, in the baselines [paper: 3] and the behaviour prior",
-                      "[1, inf)")
     # Loops
-    offline_updates: int = opt(500, "N, updates before the first online episode [paper: 1000 on Meta-World]",
-                               "[0, inf)")
+    offline_updates: int = opt(500, "N, updates before the first online episode [paper: 1000 on "
+                               "Meta-World]", "[0, inf)")
     online_episodes: int = opt(45, "online episodes [paper: up to 500]", "[0, inf)")
-    updates_per_episode: int = opt(20, "U, updates after each online episode [paper: 50]",
-                                   "[1, inf)")
+    updates_per_episode: int = opt(20, "U, updates after each of them [paper: 50]", "[1, inf)")
     eval_every: int = opt(200, "updates between evaluations on the way", "[1, inf)")
-    eval_episodes: int = opt(10, "episodes of each evaluation on the way", "[1, inf)")
-    eval_sample: bool = opt(False, "evaluations sample, as online episodes do; off: means act")
-    final_episodes: int = opt(50, "fresh episodes behind offline_success and final_success",
-                              "[1, inf)")
-    explore: float = opt(1.0, "sampled episodes: the policy's deviation is multiplied by this",
-                         "[0, inf)")
+    eval_stochastic: bool = opt(False, "evaluations sample actions; default: mean actions")
+    final_episodes: int = opt(50, "fresh episodes behind the offline and the final score; on the "
+                              "way a fifth of them", "[1, inf)")
+    action_noise_scale: float = opt(1.0, "times the policy's standard deviation, in sampled "
+                                    "episodes", "[0, inf)")
     log_every: int = opt(25, "updates per line of metrics.jsonl", "[1, inf)")
     save_every: int = opt(250, "updates between checkpoints", "[1, inf)")
 
 
+DEMO_TAIL = 10              # agent steps that a demonstration goes on after its first success
+FRAMES = 3                  # images stacked for policies without a world model [paper: 3]
+GRAD_CLIP = 100.0           # largest norm of each optimiser's gradient [DreamerV2: 100]
+KL_BALANCE = 0.8            # w, Eq 5: the prior's share of the KL [DreamerV2: 0.8]
+
 PRESETS = {
     "laptop": {},
-    "debug": dict(workers=1, episode_steps=60, demos=2, demo_noise=0.0, batch=4, length=8, channels=4,
-                  deter=32, stoch=8, hidden=32, offline_updates=20, online_episodes=2, updates_per_episode=5,
-                  eval_every=20, eval_episodes=1, final_episodes=2, log_every=5, save_every=10),
-    "paper": dict(episode_steps=200, batch=64, length=50, channels=32, stoch=64, ensemble=7, decode=1.0,
+    "debug": dict(workers=1, episode_steps=60, demos=2, demo_noise=0.0, batch=4, length=8,
+                  channels=4, deter=32, stoch=8, hidden=32, offline_updates=20, online_episodes=2,
+                  updates_per_episode=5, eval_every=20, final_episodes=2, log_every=5, save_every=10),
+    "paper": dict(episode_steps=200, batch=64, length=50, channels=32, stoch=64, ensemble=7,
                   critic_lr=3e-4, target_rate=0.02, offline_updates=1000, online_episodes=400,
-                  updates_per_episode=50, eval_every=2500, eval_episodes=20, save_every=1000),
+                  updates_per_episode=50, eval_every=2500, final_episodes=100, save_every=1000),
 }
 HARD = dict(episode_steps=200, offline_updates=1000, online_episodes=200, updates_per_episode=10,
-            eval_every=500, eval_episodes=20)
-EXACT = HARD | dict(repr_weight=30.0, offline_updates=2000, online_episodes=100, updates_per_episode=30,
-                    eval_every=1000, pixel_prior=True, latent_noise=0.0)      # for grasps within a centimetre
-
-
-def kitchens(**budget):
-    """Franka Kitchen's two tasks: one protocol at any scale, and a budget."""
-    protocol = dict(action_repeat=1, episode_steps=280, success_reward=4.0, demos=100, explore=0.25,
-                    imitate_ahead=65)
-    return dict.fromkeys(("kitchen-partial", "kitchen-mixed"), protocol | budget)
-
-
-TASKS = {                                        # by preset: what a task needs beyond it
-    "laptop": {"assembly": EXACT, "box-close": EXACT, "coffee-push": EXACT,
-               "disassemble": EXACT | dict(online_episodes=200),
-               "bin-picking": EXACT | dict(pixel_prior=False, latent_noise=1.0, eval_sample=True),
-               "hammer": HARD}
-    | kitchens(offline_updates=6000, online_episodes=100, updates_per_episode=40, eval_every=1000,
-               eval_episodes=10, final_episodes=20, memory=4),
-    "debug": kitchens(demos=2, final_episodes=1),
-    "paper": kitchens(offline_updates=10_000, online_episodes=1300),
+            eval_every=500)
+EXACT = HARD | dict(offline_updates=2000, online_episodes=100, updates_per_episode=30,
+                    eval_every=1000)
+KITCHENS = "kitchen-partial", "kitchen-mixed"
+KITCHEN = dict(action_repeat=1, episode_steps=280, demos=100)
+PRECISE = dict(bc_repr_weight=30.0, pixel_prior=True, latent_std_scale=0.0)
+DETOURS = dict(action_noise_scale=0.25, imitate_ahead=65)
+TASKS = {                         # by preset: a task's protocol and budget
+    "laptop": dict.fromkeys(("assembly", "box-close", "coffee-push", "bin-picking"), EXACT)
+    | {"disassemble": EXACT | dict(online_episodes=200), "hammer": HARD}
+    | dict.fromkeys(KITCHENS, KITCHEN | dict(
+        offline_updates=6000, online_episodes=100, updates_per_episode=40, eval_every=1000,
+        final_episodes=20)),
+    "debug": dict.fromkeys(KITCHENS, KITCHEN | dict(demos=2, final_episodes=1)),
+    "paper": dict.fromkeys(KITCHENS, KITCHEN | dict(offline_updates=10_000, online_episodes=1300)),
 }
-NO_BC = dict(beta=0.0, repr_weight=0.0, pixel_prior=False)
+TUNED = {                         # settings of the method that single tasks still need
+    "laptop": dict.fromkeys(("assembly", "box-close", "coffee-push", "disassemble"), PRECISE)
+    | {"bin-picking": dict(bc_repr_weight=30.0, eval_stochastic=True)}
+    | dict.fromkeys(KITCHENS, DETOURS | dict(context=4)),
+    "debug": dict.fromkeys(KITCHENS, DETOURS),
+    "paper": dict.fromkeys(KITCHENS, DETOURS),
+}
+NO_BC = dict(beta=0.0, bc_repr_weight=0.0, pixel_prior=False)
 VARIANTS = {
     "moto": {},
     "no-unc": dict(alpha=0.0),
     "no-bc": NO_BC,
     "no-bc-no-unc": NO_BC | dict(alpha=0.0),
-    "dreamerv2": NO_BC | dict(alpha=0.0, real_weight=0.0),                      # nor real transitions
-    "bc": dict(online_episodes=0),                                              # without a model
+    "dreamerv2": NO_BC | dict(alpha=0.0, real_weight=0.0),          # nor real transitions
+    "bc": dict(online_episodes=0),                                  # without a model
 }
-BASELINES = "iql", "cql", "sac"        # experiments/baselines.py adds them to VARIANTS and AGENTS
-PROGRAM = Path(__file__).resolve()     # each run keeps a copy of it, a cluster's job runs it
+BASELINES = "iql", "cql", "sac"    # experiments/baselines.py adds them to VARIANTS and AGENTS
 
 
 class UserError(Exception):
-    """Bad input or a bad machine: one sentence with cause and mend. Exit code 2 on the command
-    line."""
+    """Bad input or a bad machine: one sentence with cause and mend. Exit code 2."""
 
 
 class EpisodeError(UserError):
-    """An episode could not be played. What was learned is unharmed: a run saves it before it
-    ends."""
+    """An episode could not be played. A run saves what was learned before it ends."""
 
 
 class Stopped(Exception):
@@ -230,6 +205,7 @@ class Stopped(Exception):
 
 
 stop_requested = {"signal": None}
+sys.modules.setdefault("moto", sys.modules[__name__])    # for experiments/, as a program
 
 
 def exit_if_asked():
@@ -237,22 +213,22 @@ def exit_if_asked():
         raise Stopped
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Networks
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 class Encoder(nn.Module):
-    """Image (N, 3, P, P) in [-0.5, 0.5] -> embedding (N, E): four strided convolutions and a linear
-    layer.
+    """Image (N, 3, P, P) -> embedding (N, E), E = cfg.hidden: four convolutions that halve P.
 
-    The model-free baselines stack several images along the channels.
+    Source: DreamerV1. `images`: how many images are stacked along the channels.
     """
 
     def __init__(self, cfg, images=1):
         super().__init__()
         widths = [3 * images] + [cfg.channels * m for m in (1, 2, 4, 8)]
-        self.convolutions = nn.Sequential(*[layer for i, o in zip(widths, widths[1:])
-                                            for layer in (nn.Conv2d(i, o, 4, 2, 1), nn.SiLU())])
+        self.convolutions = nn.Sequential(*[
+            layer for i, o in zip(widths, widths[1:])
+            for layer in (nn.Conv2d(i, o, 4, 2, 1), nn.SiLU())])
         self.out = nn.Linear(widths[-1] * (cfg.image_size // 16) ** 2, cfg.hidden)
 
     def forward(self, x):
@@ -285,9 +261,9 @@ class EnsembleMLP(nn.Module):
     """K separate small networks on one input (N, I) -> (K, N, O), as batched matrix products.
 
     No weight is shared: the first layer is one wide matrix of which each head owns a block of
-    columns; every further layer (`depth` of them) is a batch of K matrices. Each head has its own
-    random initialisation, which is why the heads disagree off the data. `norm`: hidden layers are
-    normalised (LayerNorm, no scale).
+    columns; every further layer (`depth` of them) is a batch of K matrices. The heads differ in
+    their random initialisation, which is why they disagree off the data. `norm`: hidden layers are
+    normalised (LayerNorm without a scale).
     """
 
     def __init__(self, heads, inputs, hidden, outputs, depth=1, norm=False):
@@ -300,16 +276,15 @@ class EnsembleMLP(nn.Module):
         self.biases = nn.ParameterList(torch.zeros(heads, 1, o) for o in sizes[1:])
 
     def forward(self, inp):
-        y = self.first(inp).unflatten(-1, (self.heads, self.hidden)).transpose(0, 1)     # (K, N, hidden)
-        for weight, bias in zip(self.weights, self.biases):
+        y = self.first(inp).unflatten(-1, (self.heads, self.hidden)).transpose(0, 1)
+        for weight, bias in zip(self.weights, self.biases):             # y (K, N, hidden)
             y = F.layer_norm(y, y.shape[-1:]) if self.norm else y
             y = torch.baddbmm(bias.to(y.dtype), F.silu(y), weight.to(y.dtype))
         return y
 
 
 class TanhNormal:
-    """Eq 15, the policy's distribution: a = tanh(n), n ~ Normal(mean, std), with its exact
-    log-density.
+    """Eq 15, the policy's distribution: a = tanh(n), n ~ Normal(mean, std), with its log-density.
 
         ln pi(a|s) = sum_A [ ln Normal(artanh a; mean, std) - ln(1 - a^2) ]
 
@@ -323,18 +298,19 @@ class TanhNormal:
 
     @property
     def mode(self):
-        """The action taken without noise, tanh of the Normal's mean (..., A): the density's median,
-        called the mean action in what follows; not its peak where the deviation is large."""
+        """The action without noise (..., A), called the mean action: tanh of the Normal's mean,
+        which is the density's median."""
         return torch.tanh(self.mean)
 
     def log_density_at(self, n):
         """ln pi(tanh n | s): (..., A) -> (...)."""
-        normal = -0.5 * ((n - self.mean) / self.std) ** 2 - self.std.log() - 0.5 * math.log(2 * math.pi)
+        error = (n - self.mean) / self.std
+        normal = -0.5 * error ** 2 - self.std.log() - 0.5 * math.log(2 * math.pi)
         return (normal - 2 * (math.log(2) - n - F.softplus(-2 * n))).sum(-1)
 
     def rsample(self, noise):
-        """Action with gradient to mean and std, and its log-density, from standard normal noise
-        (..., A)."""
+        """Standard normal noise (..., A) -> an action with gradient to mean and std, and its
+        log-density."""
         n = self.mean + self.std * noise
         return torch.tanh(n), self.log_density_at(n)
 
@@ -344,8 +320,7 @@ class TanhNormal:
 
 
 class Actor(nn.Module):
-    """Feature (..., F) -> TanhNormal over actions (..., A). The deviation lies in (min_std, 2 +
-    min_std)."""
+    """Feature (..., F) -> TanhNormal over actions (..., A), min_std < std < 2 + min_std."""
 
     def __init__(self, cfg, action_size):
         super().__init__()
@@ -357,24 +332,27 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Two critics: feature (..., F), action (..., A) -> Q (2, ...). The output layer is in units of
-    1 / (1 - gamma), the return of a reward of one for ever, so that the network predicts numbers
-    near one. Normalised layers keep the two from running away from each other off the data, and the
-    smaller with them. Source: Ball et al. 2023 (RLPD)."""
+    """Two critics: feature (..., F), action (..., A) -> Q (2, ...).
+
+    The output layer is in units of 1 / (1 - gamma), the return of a reward of one for ever, so that
+    the network predicts numbers near one. Normalised layers keep the two critics from extrapolating
+    apart off the data. Source: Ball et al. 2023 (RLPD).
+    """
 
     def __init__(self, cfg, action_size):
         super().__init__()
         self.unit = 1 / (1 - cfg.gamma)
-        self.nets = EnsembleMLP(2, cfg.deter + cfg.stoch + action_size, cfg.hidden, 1, depth=2, norm=True)
+        inputs = cfg.deter + cfg.stoch + action_size
+        self.nets = EnsembleMLP(2, inputs, cfg.hidden, 1, depth=2, norm=True)
 
     def forward(self, feat, action):
         inp = torch.cat([feat, action], -1)
         return self.unit * self.nets(inp.flatten(0, -2)).float().reshape(2, *inp.shape[:-1])
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # World model: the RSSM with an ensemble of priors
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def gaussian(raw):
     """Split (..., 2S) into mean and standard deviation (..., S) >= 0.1 [PlaNet]."""
@@ -383,8 +361,7 @@ def gaussian(raw):
 
 
 class WorldModel(nn.Module):
-    """Recurrent state-space model [PlaNet, Dreamer] with K prior heads [LOMPO]: s = (h, z), heads
-    share h."""
+    """Recurrent state-space model [PlaNet, Dreamer] with K prior heads that share h [LOMPO]."""
 
     def __init__(self, cfg, action_size, terminates):
         super().__init__()
@@ -402,8 +379,7 @@ class WorldModel(nn.Module):
         self.register_buffer("disagreement_mean", torch.zeros(()))   # on the data: Eq 7
 
     def recurrence(self, h, z, a):
-        """h_t = GRU(h_{t-1}, [z_{t-1}, a_t]): (N, D), (N, S), (N, A) -> (N, D). All heads share
-        it."""
+        """h_t = GRU(h_{t-1}, [z_{t-1}, a_t]): (N, D), (N, S), (N, A) -> (N, D)."""
         return self.gru(self.mix(torch.cat([z, a], -1)), h.to(z.dtype)).float()
 
     def posterior(self, h, embed):
@@ -411,27 +387,27 @@ class WorldModel(nn.Module):
         return gaussian(self.posterior_out(self.posterior_in(h) + embed))
 
     def prior(self, h):
-        """Eq 2, the ensemble: p_k(z_t | h_t), k = 1..K. h (N, D) -> mean, std (K, N, S), a slice
-        per head."""
+        """Eq 2, the ensemble: p_k(z_t | h_t), k = 1..K. h (N, D) -> mean, std (K, N, S)."""
         return gaussian(self.priors(h))
 
     def initial(self, n, device):
         """The state before an episode: h (n, D) and z (n, S), all zero."""
-        return torch.zeros(n, self.cfg.deter, device=device), torch.zeros(n, self.cfg.stoch, device=device)
+        cfg = self.cfg
+        return torch.zeros(n, cfg.deter, device=device), torch.zeros(n, cfg.stoch, device=device)
 
     def filter_step(self, h, z, a, embed, noise):
-        """One step of Eq 1: previous state, the action that led here, the image's embedding -> next
-        state."""
+        """One step of Eq 1: the state, the action that leaves it, the next image's embedding -> the
+        next state h (N, D), z (N, S), and the posterior's mean, std (N, S)."""
         h = self.recurrence(h, z, a)
         mean, std = self.posterior(h, embed)
         return h, mean + std * noise, mean, std
 
     def observe(self, x, a, is_first):
-        """Encode and filter whole sequences: x (B, T, 3, P, P) -> h, z, mean, std (B, T, .)."""
+        """Encode and filter sequences: x (B, T, 3, P, P) -> h, z, mean, std (B, T, .)."""
         return self.filter(self.embed(x), a, is_first)
 
     def embed(self, x):
-        """The encoder on whole sequences: x (B, T, 3, P, P) -> embed (B, T, E)."""
+        """The encoder on sequences: x (B, T, 3, P, P) -> embed (B, T, E)."""
         return self.encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]).float()
 
     def filter(self, embed, a, is_first, scale=1.0):
@@ -439,14 +415,14 @@ class WorldModel(nn.Module):
         (B, T, .).
 
         Where `is_first` is set a new episode begins inside the sequence: state and action are
-        forgotten there. z is drawn with the posterior's deviation times `scale`; at 0 it is the
-        mean, and h follows from means.
+        reset there. z is drawn with the posterior's standard deviation times `scale`; at 0 it is
+        the mean.
         """
         B, T = a.shape[:2]
         noise = scale * torch.randn(B, T, self.cfg.stoch, device=a.device)
         keep = (~is_first).float().unsqueeze(-1)
         (h, z), steps = self.initial(B, a.device), []
-        with torch.autocast(a.device.type, enabled=False):           # B rows are too few for bfloat16 to pay
+        with torch.autocast(a.device.type, enabled=False):        # B rows: float32 is faster
             for t in range(T):
                 h, z, a_t = h * keep[:, t], z * keep[:, t], a[:, t] * keep[:, t]
                 h, z, mean, std = self.filter_step(h, z, a_t, embed[:, t], noise[:, t])
@@ -459,7 +435,7 @@ class WorldModel(nn.Module):
         return torch.sigmoid(raw) if self.cfg.reward_head == "bernoulli" else raw
 
     def expected_continuation(self, feat):
-        """P(the task does not end at s): (..., F) -> (...); one for tasks that never terminate."""
+        """P(the task does not end at s): (..., F) -> (...); one where tasks never terminate."""
         if self.continuation is None:
             return torch.ones(feat.shape[:-1], device=feat.device)
         return torch.sigmoid(self.continuation(feat).float().squeeze(-1))
@@ -471,15 +447,16 @@ def decoder_losses(model, feat, x, r, is_terminal, chosen):
         x_t ~ Normal(decoder(s_t), 1)       r_t ~ Bernoulli or Normal(reward(s_t), 1)
 
     feat (N, F), x (N, 3, P, P), r, is_terminal (N,). `chosen` indexes the frames to decode: the
-    mean over a random subset is an unbiased estimate of the mean over all, at a fraction of the
-    cost. Returns a dict of scalars in nats per step (the Normals' without their constant). Source:
-    Dreamer.
+    mean over a random subset is an unbiased estimate of the mean over all. Returns a dict of
+    scalars in nats per step (the Normals' without their constant). Source: Dreamer.
     """
     error = model.decoder(feat[chosen]).float() - x[chosen].float()
     losses = {"image": 0.5 * error.square().flatten(1).sum(-1).mean()}
     raw = model.reward(feat).float().squeeze(-1)
-    losses["reward"] = (F.binary_cross_entropy_with_logits(raw, r) if model.cfg.reward_head == "bernoulli"
-                        else 0.5 * (raw - r).square().mean())
+    if model.cfg.reward_head == "bernoulli":
+        losses["reward"] = F.binary_cross_entropy_with_logits(raw, r)
+    else:
+        losses["reward"] = 0.5 * (raw - r).square().mean()
     if model.continuation is not None:
         raw = model.continuation(feat).float().squeeze(-1)
         losses["continuation"] = F.binary_cross_entropy_with_logits(raw, 1 - is_terminal)
@@ -501,17 +478,16 @@ def kl_balanced(q, p, balance, free_nats):
     w = 0.8 moves the prior towards the posterior four times as hard as the other way round. Returns
     nats (K, N). Source: DreamerV2; DreamerV3 for clipping each of the two terms.
     """
-    stop = lambda d: tuple(v.detach() for v in d)
-    train_prior = kl_normal(*stop(q), *p).clamp(min=free_nats)
-    train_posterior = kl_normal(*q, *stop(p)).clamp(min=free_nats)
+    q_sg, p_sg = [value.detach() for value in q], [value.detach() for value in p]
+    train_prior = kl_normal(*q_sg, *p).clamp(min=free_nats)
+    train_posterior = kl_normal(*q, *p_sg).clamp(min=free_nats)
     return balance * train_prior + (1 - balance) * train_posterior
 
 
 def model_loss(model, batch):
-    """Eq 4: the negative evidence lower bound, its terms weighted and the KL averaged over the K
-    heads.
+    """Eq 4: the negative evidence lower bound, the KL averaged over the K heads.
 
-        L = -ln p(x_t|s_t) - c_r ln p(r_t|s_t) + c_kl mean_k KL(q(z_t) || p_k(z_t)),   s_t ~ q (Eq 1)
+        L = -ln p(x_t|s_t) - c_r ln p(r_t|s_t) + mean_k KL(q(z_t) || p_k(z_t)),   s_t ~ q (Eq 1)
 
     batch: dict of x (B, T, 3, P, P), a (B, T, A), r, is_terminal, is_first (B, T).
     Returns (loss, metrics, feat (B, T, F), embed (B, T, E)).
@@ -520,42 +496,43 @@ def model_loss(model, batch):
     h, z, mean, std = model.filter(embed, batch["a"], batch["is_first"])
     N = h.shape[0] * h.shape[1]
     feat = torch.cat([h, z], -1)
-    chosen = torch.randperm(N, device=h.device)[:max(1, round(cfg.decode * N))]
-    losses = decoder_losses(model, feat.flatten(0, 1), batch["x"].flatten(0, 1), batch["r"].flatten(),
-                            batch["is_terminal"].flatten(), chosen)
+    chosen = torch.randperm(N, device=h.device)[:max(1, N // 2)]     # half of the frames are enough
+    losses = decoder_losses(model, feat.flatten(0, 1), batch["x"].flatten(0, 1),
+                            batch["r"].flatten(), batch["is_terminal"].flatten(), chosen)
     prior = model.prior(h.flatten(0, 1))
     posterior = mean.flatten(0, 1), std.flatten(0, 1)
-    losses["kl"] = kl_balanced(posterior, prior, cfg.kl_balance, cfg.free_nats).mean()
-    scales = {"image": 1.0, "reward": cfg.reward_scale, "kl": cfg.kl_scale, "continuation": 1.0}
+    losses["kl"] = kl_balanced(posterior, prior, KL_BALANCE, cfg.free_nats).mean()
+    scales = {"image": 1.0, "reward": cfg.reward_scale, "kl": 1.0, "continuation": 1.0}
     metrics = {f"model/{name}": value.detach() for name, value in losses.items()}
     metrics["model/disagreement"] = disagreement(prior[0]).mean().detach()
     return sum(scales[name] * value for name, value in losses.items()), metrics, feat, embed
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Imagination under the penalty
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def disagreement(means):
-    """Eq 6: epistemic uncertainty u(s, a) = std over k of the K predicted means, averaged over S.
+    """Eq 6: epistemic uncertainty u(s, a), the standard deviation of the K predicted means, its
+    mean over S.
 
     means (K, ..., S) -> (...). The heads saw the same data from different initialisations: where
     there was data they agree, elsewhere they need not. Zero for K = 1. Source: LOMPO;
     Lakshminarayanan et al. 2017.
     """
     variance = (means - means.mean(0)).square().mean(0)
-    return (variance + 1e-12).sqrt().mean(-1)                        # SHARP: the root has no slope at zero
+    return (variance + 1e-12).sqrt().mean(-1)            # SHARP: the root has no slope at zero
 
 
 def penalised_reward(reward, u, alpha, disagreement_mean):
-    """Eq 7: what the imagination pays.
+    """Eq 7: the reward of imagined steps.
 
         r~(s, a) = E[r(s')] - alpha u(s, a)
 
-    reward, u: (...). DEPARTURE: what counts as u here is its excess over `disagreement_mean`, its
-    running mean on the data, in units of that: max(0, u / disagreement_mean - 1). The heads never
-    agree to the last digit even where there is data, and a price on that would be one on acting at
-    all; and alpha keeps its meaning while the model learns, and across tasks. Source: MOPO, LOMPO.
+    reward, u: (...). DEPARTURE: u here is the excess over `disagreement_mean`, the running mean of
+    u on the data, in units of that mean: max(0, u / disagreement_mean - 1). The heads never agree
+    exactly, not even where there is data, and a price on that would be one on acting at all. alpha
+    keeps its meaning while the model learns, and across tasks. Source: MOPO, LOMPO.
     """
     return reward - alpha * (u / disagreement_mean - 1).clamp(min=0)
 
@@ -563,18 +540,19 @@ def penalised_reward(reward, u, alpha, disagreement_mean):
 def imagine(model, actor, h, z, horizon):
     """Eq 8: roll the model out under the policy.
 
-        s^0 = s_t;   a^i ~ pi(.|s^i);   s^{i+1} ~ p_k(.|s^i, a^i),  k drawn afresh for each state at each step
+        s^0 = s_t;  a^i ~ pi(.|s^i);  s^{i+1} ~ p_k(.|s^i, a^i),  k drawn afresh for each step
 
-    h (N, D), z (N, S) -> dict of feat (H+1, N, F), a (H+1, N, A), logp (H+1, N), u (H, N), u^i =
-    u(s^i, a^i). Gradients flow from every output to the actor. Sources: Dreamer; LOMPO and PETS for
-    the drawn head.
+    h (N, D), z (N, S) -> dict of feat (H+1, N, F), a (H+1, N, A), logp (H+1, N), u (H, N), where
+    u^i = u(s^i, a^i). Gradients flow from every output to the actor. Sources: Dreamer; LOMPO and
+    PETS for the drawn head.
     """
     N, K = h.shape[0], model.cfg.ensemble
     feats, actions, logps, us = [], [], [], []
     for i in range(horizon + 1):
         feats.append(torch.cat([h, z], -1))
         a, logp = actor(feats[-1]).rsample(torch.randn(N, model.action_size, device=h.device))
-        actions.append(a), logps.append(logp)
+        actions.append(a)
+        logps.append(logp)
         if i == horizon:
             break
         h = model.recurrence(h, z, a)
@@ -582,13 +560,13 @@ def imagine(model, actor, h, z, horizon):
         us.append(disagreement(means))
         k = torch.randint(K, (N,), device=h.device), torch.arange(N, device=h.device)
         z = means[k] + stds[k] * torch.randn_like(z)
-    us = torch.stack(us) if us else h.new_zeros(0, N)                          # H = 0: no model at all
-    return {"feat": torch.stack(feats), "a": torch.stack(actions), "logp": torch.stack(logps), "u": us}
+    return {"feat": torch.stack(feats), "a": torch.stack(actions), "logp": torch.stack(logps),
+            "u": torch.stack(us) if us else h.new_zeros(0, N)}          # H = 0: no model at all
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Value expansion and the critic
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def value_expansion(reward, discount, q, lam):
     """Eq 9: the lambda-return along the imagined steps, computed backwards.
@@ -610,16 +588,15 @@ def critic_target(r, is_terminal, V0, gamma):
 
         y_t = r_{t+1} + gamma (1 - is_terminal_{t+1}) V^0(s_{t+1})
 
-    r, is_terminal, V0: (B, T) -> (B, T-1). SHARP: r_{t+1} sits at index t+1; `is_terminal` marks
-    true ends of a task only. A time limit leaves it at zero, and the value goes on. Imagined steps
-    need no function of their own: their target is V^i itself.
+    r, is_terminal, V0: (B, T) -> (B, T-1). The real reward is not penalised. SHARP: r_{t+1} sits at
+    index t+1; `is_terminal` marks true ends of a task only: at a time limit it is zero, and the
+    value goes on. The target of imagined steps is V^i itself.
     """
     return r[:, 1:] + gamma * (1 - is_terminal[:, 1:]) * V0[:, 1:]
 
 
 def weighted_mean(value, weight):
-    """Mean of `value` over the entries that `weight` (same shape, zeros and ones or shares)
-    counts."""
+    """Mean of `value`, weighted by `weight` (same shape, from 0 to 1)."""
     return (weight * value).sum() / weight.sum().clamp(min=1)
 
 
@@ -639,23 +616,24 @@ def update_target(target, source, rate):
         slow.lerp_(fast, rate)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The actor and its behaviour prior
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def action_nll(actor, feat, a):
-    """-ln pi(a_{t+1} | s_t) in nats: feat (B, T, F), a (B, T, A) -> (B, T-1). Actions are moved to
-    +-0.99 at most: artanh is infinite at +-1, and the loss with it."""
+    """-ln pi(a_{t+1} | s_t) in nats: feat (B, T, F), a (B, T, A) -> (B, T-1). Actions are clipped
+    to +-0.99: artanh is infinite at +-1."""
     return -actor(feat[:, :-1]).log_prob(a[:, 1:].clamp(-0.99, 0.99))
 
 
 def behaviour_loss(actor, feat, a, weight):
-    """Eq 13: the behaviour prior, maximum likelihood of the offline actions: -E_data[ln pi(a_{t+1}
-    | s_t)].
+    """Eq 13: the behaviour prior, maximum likelihood of the offline actions.
+
+        L = -E_data[ln pi(a_{t+1} | s_t)]
 
     feat (B, T, F), a (B, T, A), weight (B, T-1): one where a_{t+1} is an offline action that left
-    s_t. Alone it is behaviour cloning; inside Eq 14 it is the policy's anchor. Returns nats per
-    action. Source: TD3+BC for its use beside a value.
+    s_t. Alone it is behaviour cloning; inside Eq 14 it keeps the policy near the data. Returns nats
+    per action. Source: TD3+BC for its use beside a value.
     """
     return weighted_mean(action_nll(actor, feat, a), weight)
 
@@ -666,24 +644,20 @@ def actor_loss(V0, behaviour, logp, weight, cfg):
         L = -E[V^0(s)] (1 - gamma) + beta * behaviour + eta * E[ln pi(a|s)]
 
     V0, logp, weight (N,); behaviour: the scalar of Eq 13. The gradient of V^0 runs through actions,
-    model, penalty and critic, not through a score function. (1 - gamma) puts the value on the scale
-    of one step's reward, so that beta means the same at any discount. Measured on Meta-World agents
-    trained with a KL weight of 0.1: the behaviour term's gradient is 17 to 22 times the value's at
-    beta = 1, but it only holds where there is data; with that model the value still moved the
-    policy to worse places. (With a KL weight of 1, on coffee-push, 41 times: it grows as the
-    policy's deviation shrinks.) Sources: Dreamer, TD3+BC, SAC.
+    model, penalty and critic. (1 - gamma) puts the value on the scale of one step's reward, so that
+    beta means the same at any discount. Sources: Dreamer, TD3+BC, SAC.
     """
     value = weighted_mean(V0, weight) * (1 - cfg.gamma)
-    return -cfg.value_weight * value + cfg.beta * behaviour + cfg.eta * logp.mean()
+    return -value + cfg.beta * behaviour + cfg.eta * logp.mean()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Why the penalty is safe, on a table
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def tabular_value(P, r, pi, gamma):
-    """State values (X,) of policy pi (X, A) under transitions P (X, A, X) and rewards r (X, A),
-    exactly."""
+    """State values (X,), exactly, of policy pi (X, A) under transitions P (X, A, X) and rewards
+    r (X, A)."""
     P_pi, r_pi = np.einsum("xa,xay->xy", pi, P), (pi * r).sum(1)
     return np.linalg.solve(np.eye(len(r)) - gamma * P_pi, r_pi)
 
@@ -698,50 +672,52 @@ def tabular_optimum(P, r, gamma, sweeps=2000):
 
 def tabular_bound(P, P_hat, r, u, alpha, gamma, pi, start):
     """Eq 16, Theorem B.1 on a table: the policy optimal in the penalised model is nearly as good as
-    pi.
+    any policy pi whose actions the model knows.
 
-        J(pi_hat) >= J(pi) - 2 alpha E_pi[u]    if alpha u(s, a) >= gamma max V |P_hat - P|_1 at every (s, a)
+        J(pi_hat) >= J(pi) - 2 alpha E_pi[u]
+        if alpha u(s, a) >= gamma max|V| |P_hat - P|_1 at every (s, a)
 
-    P true, P_hat learned transitions (X, A, X); r, u (X, A); pi (X, A), any policy; start (X,).
-    E_pi[u] is the discounted sum of u along pi in the model. Returns (J(pi_hat), the right-hand
-    side, whether the condition holds). Source: MOPO, theorem 4.4.
+    P true, P_hat learned transitions (X, A, X); r, u (X, A); pi (X, A); start (X,). E_pi[u] is the
+    discounted sum of u along pi in the model. Returns (J(pi_hat), the right-hand side, whether the
+    condition holds). Source: MOPO, theorem 4.4.
     """
     pi_hat = tabular_optimum(P_hat, r - alpha * u, gamma)
     J = lambda policy: start @ tabular_value(P, r, policy, gamma)
-    error = np.abs(P - P_hat).sum(-1) * gamma * np.abs(r).max() / (1 - gamma)  # >= gamma |E_P V - E_P_hat V|
+    largest_value = np.abs(r).max() / (1 - gamma)
+    error = np.abs(P - P_hat).sum(-1) * gamma * largest_value   # >= gamma |E_P V - E_P_hat V|
     bound = J(pi) - 2 * alpha * start @ tabular_value(P_hat, u, pi, gamma)
     return J(pi_hat), bound, bool((alpha * u >= error - 1e-12).all())
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The agent
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def to_image(x):
     """uint8 (..., P, P, 3) -> float (..., 3, P, P) in [-0.5, 0.5]."""
     return x.float().div_(255).sub_(0.5).movedim(-1, -3)
 
 
-def random_shift(image, pixels):
-    """Move each image (N, P, P, C), or each sequence as one (N, T, P, P, C), by up to `pixels` each
-    way, down and across; the edge is repeated.
+def to_uint8(x):
+    """float (..., 3, P, P) around [-0.5, 0.5] -> uint8 array (..., P, P, 3)."""
+    return ((x.float() + 0.5).clamp(0, 1) * 255).round().byte().movedim(-3, -1).cpu().numpy()
 
-    Ten demonstrations are few enough for a network on pixels to learn by heart. Source: DrQ,
-    Kostrikov et al. 2020.
-    """
+
+def random_shift(image, pixels):
+    """Move each image (N, P, P, C), or each sequence as one (N, T, P, P, C), by up to `pixels` down
+    and across; the edge is repeated. Source: DrQ, Kostrikov et al. 2020."""
     N, P = len(image), image.shape[-2]
     shift = torch.randint(-pixels, pixels + 1, (2, N, 1), device=image.device)
     rows, columns = (torch.arange(P, device=image.device) + shift).clamp(0, P - 1)
     each = torch.arange(N, device=image.device)[:, None, None]
-    moved = image[each, ..., rows[:, :, None], columns[:, None, :], :]               # (N, P, P, [T,] C)
+    moved = image[each, ..., rows[:, :, None], columns[:, None, :], :]     # (N, P, P, [T,] C)
     return moved.movedim((1, 2), (-3, -2)).contiguous()
 
 
 @contextlib.contextmanager
 def frozen(*modules):
     """Inside, these modules pass gradients on to their inputs but collect none for their
-    parameters. Afterwards every parameter is as before: one that a reader has frozen stays
-    frozen."""
+    parameters. A parameter that was frozen before stays frozen afterwards."""
     learning = [p for module in modules for p in module.parameters() if p.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)
@@ -753,13 +729,9 @@ def frozen(*modules):
 
 
 class Policy(nn.Module):
-    """What acts: the filter of Eq 1 and the actor, with weights that follow the trained ones
-    (DEPARTURE).
-
-    A single update on a small batch moves the hand by the millimetres that decide whether it hooks
-    a handle; a running mean of the weights of model and actor does not. `idle`: the parts that
-    acting does not use.
-    """
+    """What acts: the filter of Eq 1 and the actor, with an exponential moving average of the
+    trained weights (DEPARTURE): a single update on a small batch moves the hand by the millimetres
+    that decide a grasp. `idle`: the parts that acting does not use."""
     idle = ("model.decoder.", "model.priors.", "model.reward.", "model.continuation.")
 
     def __init__(self, model, actor):
@@ -769,53 +741,52 @@ class Policy(nn.Module):
         self.requires_grad_(False)
 
     def update_ema(self, model, actor, slowest):
-        """One step of the mean. Its window is a tenth of the updates so far, at most 1 / slowest.
-        Source: Shamir and Zhang 2013, polynomial-decay averaging."""
+        """One step of the average, whose window is a tenth of the updates so far, at most
+        1 / slowest. Source: Shamir and Zhang 2013, polynomial-decay averaging."""
         rate = max(slowest, 10 / (10 + float(self.updates)))
         self.updates += 1
         update_target(self.model, model, rate)
         update_target(self.actor, actor, rate)
-        for mine, newest in zip(self.model.buffers(), model.buffers()):
-            mine.copy_(newest)
+        for averaged, newest in zip(self.model.buffers(), model.buffers()):
+            averaged.copy_(newest)
 
     @torch.no_grad()
     def act(self, image, state=None, generator=None):
-        """One step of acting: uint8 image (P, P, 3), carried state (None at a reset) -> a (A,),
-        next state.
+        """One step: uint8 image (P, P, 3), carried state (None at a reset) -> a (A,), next state.
 
-        With a generator, latents and action are sampled, their deviations multiplied by
-        cfg.latent_noise and cfg.explore; without, they are the means. With cfg.memory the filter
-        begins anew so many images ago, as it does in training with every sequence: it has never
-        learned to go on for hundreds of steps (DEPARTURE).
+        With a generator, latents and action are sampled, their standard deviations multiplied by
+        cfg.latent_std_scale and cfg.action_noise_scale; without, they are the means. With
+        cfg.context the filter begins anew so many images ago, as it does in training with every
+        sequence (DEPARTURE).
         """
         device, model, cfg = self.updates.device, self.model, self.actor.cfg
 
         def noise(n):
-            sampled = torch.zeros(1, n) if generator is None else torch.randn(1, n, generator=generator)
-            return sampled.to(device)
+            zeros = torch.zeros(1, n)
+            return (zeros if generator is None else zeros.normal_(generator=generator)).to(device)
         x = to_image(torch.as_tensor(image, device=device))[None]
         nothing = torch.zeros(1, model.action_size, device=device)
         h, z, a, seen = state or (*model.initial(1, device), nothing, [])
-        seen = [*seen, (a, model.encoder(x))][-(cfg.memory or 1):]
-        if cfg.memory:
+        seen = [*seen, (a, model.encoder(x))][-(cfg.context or 1):]
+        if cfg.context:
             (h, z), seen[0] = model.initial(1, device), (nothing, seen[0][1])
         for a, embed in seen:
-            h, z, *_ = model.filter_step(h, z, a, embed, cfg.latent_noise * noise(z.shape[1]))
+            latent_noise = cfg.latent_std_scale * noise(z.shape[1])
+            h, z, *_ = model.filter_step(h, z, a, embed, latent_noise)
         policy = self.actor(torch.cat([h, z], -1))
         a = policy.mode
         if generator is not None:
-            a = policy.rsample(cfg.explore * noise(a.shape[1]))[0]
+            a = policy.rsample(cfg.action_noise_scale * noise(a.shape[1]))[0]
         return a[0].cpu().numpy(), (h, z, a, seen)
 
 
 class Agent:
-    """What every agent is: modules by name, an optimiser for some of them, one `step`, and its
-    state.
+    """What every agent is: modules by name, an optimiser for some of them, `step`, and its state.
 
-    A subclass calls `prepare` with its modules and has `update(batch)` -> metrics, `ema_policy` (a
-    Policy), and `value_estimate(image)`, what its critics expect at an episode's first image; None
-    where it has no critics, or only the weights that act. `trunk` names the module that turns
-    images into features.
+    A subclass makes its modules and calls `prepare`. It has `update(batch)` -> metrics,
+    `ema_policy` (a Policy), and `value_estimate(image)`, what its critics expect at an episode's
+    first image; None where it has no critics, or only the weights that act. `trunk` names the
+    module that turns images into features.
     """
     trunk = "model"
 
@@ -823,21 +794,22 @@ class Agent:
         self.cfg, self.device = cfg, torch.device(device)
         torch.manual_seed(cfg.seed)
 
-    def prepare(self, rates, **modules):
-        """Put the modules on the device, with Adam at each of `rates`."""
-        self.modules = {name: module.to(self.device) for name, module in modules.items()}
-        vars(self).update(self.modules)
+    def prepare(self, **rates):
+        """Move the modules to the device; Adam for each of those named in `rates`."""
+        self.modules = {name: module.to(self.device) for name, module in vars(self).items()
+                        if isinstance(module, nn.Module)}
         self.optimisers = {
             name: torch.optim.Adam(self.modules[name].parameters(), lr=rate, eps=1e-6, fused=True)
             for name, rate in rates.items()}
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.precision == "bfloat16")
+        enabled = self.cfg.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def prepare_batch(self, batch):
-        """A sampled batch on the device, with two weights (B, T-1): `valid`, one where a_{t+1}
-        leaves s_t, and `bc_mask`, where it does and the behaviour term wants `bc_target` (B, T, A)
-        there: the actions of episodes that are `shown`, the offline ones."""
+        """A sampled batch on the device, with weights (B, T-1): `valid`, one where a_{t+1} leaves
+        s_t, and `bc_mask`, where the behaviour term also has a target there, `bc_target` (B, T, A):
+        the demonstrated action."""
         batch = {name: torch.as_tensor(value).to(self.device) for name, value in batch.items()}
         batch["valid"] = (~batch["is_first"][:, 1:]).float()
         batch["bc_mask"] = batch["valid"] * batch["is_demo"][:, 1:]
@@ -845,54 +817,51 @@ class Agent:
         return batch
 
     def encode_frames(self, encoder, batch, shift):
-        """A StackEncoder on a batch, each stack shifted by itself -> feat (B, T', F), batch of (B,
-        T', ...) without its images: the first steps, which have no whole stack, are left out."""
-        x = stacked(batch["image"], batch["is_first"], self.cfg.frames)
-        batch = {name: value[:, self.cfg.frames - 1:] for name, value in batch.items() if name != "image"}
+        """A StackEncoder on a batch, each stack shifted by itself -> feat (B, T', F), and the batch
+        of (B, T', ...) without images: the first steps have no whole stack."""
+        x = stacked(batch["image"], batch["is_first"], FRAMES)
+        batch = {name: v[:, FRAMES - 1:] for name, v in batch.items() if name != "image"}
         with self.autocast():
-            x = to_image(random_shift(x.flatten(0, 1), shift))
-            return encoder(x).float().unflatten(0, batch["a"].shape[:2]), batch
+            feat = encoder(to_image(random_shift(x.flatten(0, 1), shift))).float()
+        return feat.unflatten(0, batch["a"].shape[:2]), batch
 
     def step(self, loss, *names):
-        """One optimiser step on `loss` for each of the named modules. Returns their gradients'
-        norms.
-
-        Raises FloatingPointError, before any parameter moves, where loss or gradient is not finite.
-        """
+        """One optimiser step on `loss` for each of the named modules -> the norms of their
+        gradients. Raises FloatingPointError, before any parameter moves, where loss or gradient is
+        not finite."""
         for name in names:
             self.optimisers[name].zero_grad()
         loss.backward()
-        norms = {f"grad/{name}": nn.utils.clip_grad_norm_(self.modules[name].parameters(), self.cfg.grad_clip)
-                 for name in names}
-        for name, norm in norms.items():
+        norms = {}
+        for name in names:
+            parameters = self.modules[name].parameters()
+            norms[f"grad/{name}"] = norm = nn.utils.clip_grad_norm_(parameters, GRAD_CLIP)
             if not torch.isfinite(norm):
-                raise FloatingPointError(f"the {' and '.join(names)} loss is {float(loss.detach())}, "
-                                         f"the gradient of the {name} {float(norm)}")
+                raise FloatingPointError(f"the {' and '.join(names)} loss is {loss.item()}, the "
+                                         f"gradient of the {name} {float(norm)}")
         for name in names:
             self.optimisers[name].step()
         return norms
 
     def state_dict(self):
-        return {"modules": {name: module.state_dict() for name, module in self.modules.items()},
-                "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()}}
+        return {kind: {name: part.state_dict() for name, part in getattr(self, kind).items()}
+                for kind in ("modules", "optimisers")}
 
     def load_state_dict(self, state):
-        for name, module in state["modules"].items():
-            self.modules[name].load_state_dict(module)
-        for name, optimiser in state["optimisers"].items():
-            self.optimisers[name].load_state_dict(optimiser)
+        for kind in ("modules", "optimisers"):
+            for name, part in state[kind].items():
+                getattr(self, kind)[name].load_state_dict(part)
 
     def acting_state(self):
-        """The averaged weights that act, with the target critics, in half precision: a tenth of the
-        whole."""
+        """The averaged weights and the target critics in half precision, a tenth of the whole."""
         def half(module):
             return {name: v.half() if v.ndim else v for name, v in module.state_dict().items()}
-        return {name: half(self.modules[name]) for name in ("ema_policy", "target") if name in self.modules}
+        return {name: half(self.modules[name]) for name in ("ema_policy", "target")
+                if name in self.modules}
 
     def load_acting(self, state):
-        """Set what acts, and everything that can follow from it. SHARP: the critics were trained on
-        latents of the newest weights, which are not there, so that such an agent promises
-        nothing."""
+        """Set what acts, and what can follow from it. SHARP: the critics were trained on latents of
+        the newest weights, which are not there, so that such an agent has no value estimate."""
         for name, module in state.items():
             self.modules[name].load_state_dict(module)
         self.modules[self.trunk].load_state_dict(self.ema_policy.model.state_dict())
@@ -904,219 +873,196 @@ class Agent:
 
 def as_numbers(metrics):
     """A dict of scalar tensors -> floats, in one transfer."""
-    return dict(zip(metrics, torch.stack([value.detach().float() for value in metrics.values()]).tolist()))
-
-
-def compiled_or_eager(function, mode):
-    """torch.compile, which shows at its first call whether this machine has what it needs (a
-    working compiler, Python's headers, ...); where it does not, the function itself, and one line
-    that says so."""
-    chosen = torch.compile(function, mode=mode)
-
-    def call(*args):
-        nonlocal chosen
-        try:
-            return chosen(*args)
-        except Exception as error:
-            if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
-                raise
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"note: torch.compile does not work here ({reason}); going on without", file=sys.stderr)
-            chosen = function
-            return function(*args)
-    return call
+    values = torch.stack([value.detach().float() for value in metrics.values()])
+    return dict(zip(metrics, values.tolist()))
 
 
 class MOTO(Agent):
-    """World model, actor, critics, their optimisers, and the one `update` that both phases share.
+    """World model, actor, critics, and the one `update` that both phases share.
 
     `compiled`: model_terms and policy_terms go through torch.compile (with CUDA graphs on a GPU).
     """
 
     def __init__(self, cfg, action_size, terminates, device, compiled=False):
         super().__init__(cfg, device)
-        model = WorldModel(cfg, action_size, terminates)
-        actor, critic = Actor(cfg, action_size), Critic(cfg, action_size)
-        rates, prior = {"model": cfg.model_lr, "actor": cfg.actor_lr, "critic": cfg.critic_lr}, {}
+        self.model, self.actor = WorldModel(cfg, action_size, terminates), Actor(cfg, action_size)
+        self.critic = Critic(cfg, action_size)
+        self.ema_policy = Policy(self.model, self.actor)
+        self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        rates = {"model": cfg.model_lr, "actor": cfg.actor_lr, "critic": cfg.critic_lr}
         if cfg.pixel_prior:
-            prior = {"prior_encoder": StackEncoder(cfg), "prior_actor": Actor(cfg, action_size)}
-            rates |= dict.fromkeys(prior, cfg.actor_lr)
-            prior["prior"] = StackPolicy(*prior.values())
-        self.prepare(rates, model=model, actor=actor, critic=critic, ema_policy=Policy(model, actor),
-                     target=copy.deepcopy(critic).requires_grad_(False), **prior)
+            self.prior_encoder, self.prior_actor = StackEncoder(cfg), Actor(cfg, action_size)
+            self.prior = StackPolicy(self.prior_encoder, self.prior_actor)
+            rates |= {"prior_encoder": cfg.actor_lr, "prior_actor": cfg.actor_lr}
+        self.prepare(**rates)
         if compiled:
+            torch._dynamo.config.suppress_errors = True  # eager where there is no working compiler
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-            self.model_terms = compiled_or_eager(self.model_terms, mode)
-            self.policy_terms = compiled_or_eager(self.policy_terms, mode)
+            self.model_terms = torch.compile(self.model_terms, mode=mode)
+            self.policy_terms = torch.compile(self.policy_terms, mode=mode)
 
     def update(self, batch):
         """One step of everything. batch: dict of image (B, T, P, P, 3) uint8, a (B, T, A) and r,
         is_terminal, is_first, is_demo (B, T), arrays or tensors. Returns metrics (floats). Raises
         FloatingPointError.
         """
-        torch.compiler.cudagraph_mark_step_begin()                 # CUDA graphs reuse their memory from here
-        batch = self.prepare_batch(batch)
-        priors = {}
-        if self.cfg.pixel_prior:
-            priors = self.learn_prior(batch)
-            batch |= self.prior_says(batch)
-        batch["image"] = random_shift(batch["image"], self.cfg.shift)         # a sequence moves as one
+        cfg = self.cfg
+        torch.compiler.cudagraph_mark_step_begin()        # CUDA graphs reuse their memory from here
+        batch, metrics = self.prepare_batch(batch), {}
+        if cfg.pixel_prior:
+            metrics = self.update_prior(batch)
+            batch |= self.prior_targets(batch)
+        batch["image"] = random_shift(batch["image"], cfg.shift)         # a sequence moves as one
         with frozen(self.actor), self.autocast():
-            loss, metrics, feat, brief = self.model_terms(batch)
-        metrics = priors | metrics | self.step(loss, "model")
-        u, typical = metrics["model/disagreement"], self.model.disagreement_mean
-        typical.copy_(torch.where(typical == 0, u, torch.lerp(typical, u, 0.01)))
+            loss, more, feat, bc_feat = self.model_terms(batch)
+        metrics |= more | self.step(loss, "model")
+        u, mean = metrics["model/disagreement"], self.model.disagreement_mean
+        mean.copy_(torch.where(mean == 0, u, torch.lerp(mean, u, 0.01)))
 
         with frozen(self.model), self.autocast():
-            loss, more = self.policy_terms(feat.detach(), brief.detach(), batch)
-        learners = ("actor", "critic") if self.cfg.value_weight else ("actor",)
-        metrics |= more | self.step(loss, *learners)
-        update_target(self.target, self.critic, self.cfg.target_rate)
-        self.ema_policy.update_ema(self.model, self.actor, self.cfg.ema_rate)
+            loss, more = self.policy_terms(feat.detach(), bc_feat.detach(), batch)
+        metrics |= more | self.step(loss, "actor", "critic")
+        update_target(self.target, self.critic, cfg.target_rate)
+        self.ema_policy.update_ema(self.model, self.actor, cfg.ema_rate)
         return as_numbers(metrics)
 
-    def learn_prior(self, batch):
+    def model_terms(self, batch):
+        """Eq 4, and the behaviour term's share in shaping the representation -> loss, metrics,
+        feat, bc_feat (B, T, F).
+
+        DEPARTURE: the behaviour term sees bc_feat, states filtered once more with resets at random
+        (`reset_prob`). A policy that sees its own past actions learns to go on with them instead of
+        looking. Source: de Haan et al. 2019, causal confusion. DEPARTURE, too, where
+        cfg.latent_std_scale is 0: these states are means. A regression on noisy inputs is flatter
+        than the truth. Source: Fuller 1987, measurement error models.
+        """
+        cfg, batch = self.cfg, batch | {"x": to_image(batch["image"])}
+        loss, metrics, feat, embed = model_loss(self.model, batch)
+        bc_feat = feat
+        if cfg.reset_prob or cfg.latent_std_scale != 1:
+            is_first = batch["is_first"]
+            reset = is_first | (torch.rand(is_first.shape, device=feat.device) < cfg.reset_prob)
+            h, z, *_ = self.model.filter(embed, batch["a"], reset, cfg.latent_std_scale)
+            bc_feat = torch.cat([h, z], -1)
+        if cfg.bc_repr_weight:
+            shaping = behaviour_loss(self.actor, bc_feat, batch["bc_target"], batch["bc_mask"])
+            loss = loss + cfg.bc_repr_weight * shaping
+        return loss, metrics, feat.float(), bc_feat.float()
+
+    def policy_terms(self, feat, bc_feat, batch):
+        """Eq 6 to 11, 13 and 14: feat, bc_feat (B, T, F) without gradient -> loss, metrics.
+
+        The loss is the actor's plus the critics': neither reaches the other's parameters, so that
+        one backward pass serves both.
+        """
+        cfg, model, unit = self.cfg, self.model, self.critic.unit
+        behaviour = behaviour_loss(self.actor, bc_feat, batch["bc_target"], batch["bc_mask"])
+        h, z = feat.flatten(0, 1).split([cfg.deter, cfg.stoch], -1)
+        imagined = imagine(model, self.actor, h, z, cfg.horizon)
+        reward = model.expected_reward(imagined["feat"][1:])
+        penalized = penalised_reward(reward, imagined["u"], cfg.alpha, model.disagreement_mean)
+        continuation = model.expected_continuation(imagined["feat"][1:])
+        q = self.target(imagined["feat"], imagined["a"]).min(0).values    # the smaller of the two
+        V = value_expansion(penalized, cfg.gamma * continuation, q, cfg.lam)
+
+        y = critic_target(batch["r"], batch["is_terminal"], V[0].reshape(feat.shape[:2]), cfg.gamma)
+        q = self.critic(feat[:, :-1], batch["a"][:, 1:])
+        on_real = critic_loss(q, y, batch["valid"], unit)
+        alive = torch.cat([1 - batch["is_terminal"].reshape(1, -1), continuation.detach()])
+        weight = alive.cumprod(0)                         # that the task has not ended before
+        q = self.critic(imagined["feat"][:-1].detach(), imagined["a"][:-1].detach())
+        on_imagined = critic_loss(q, V[:-1], weight[:-1], unit)
+
+        loss = actor_loss(V[0], behaviour, imagined["logp"][0], weight[0], cfg)
+        metrics = {
+            "actor/behaviour_nll": behaviour, "actor/value": V[0].mean() * (1 - cfg.gamma),
+            "actor/entropy": -imagined["logp"][0].mean(), "critic/real": on_real,
+            "critic/imagined": on_imagined, "imagined/reward": reward.mean(),
+            "imagined/disagreement": imagined["u"].mean() / model.disagreement_mean,
+            "imagined/penalty": (reward - penalized).mean()}
+        metrics = {name: value.detach() for name, value in metrics.items()}
+        return loss + cfg.real_weight * on_real + on_imagined, metrics
+
+    def update_prior(self, batch):
         """Eq 13 on pixels: a step of the behaviour prior b(a | x_{t-2}, x_{t-1}, x_t) on the
-        actions shown -> metrics."""
+        demonstrations -> metrics."""
         demos = {name: value[batch["is_demo"].any(1)] for name, value in batch.items()}
-        feat, seen = self.encode_frames(self.prior_encoder, demos, self.cfg.shift)
-        loss = behaviour_loss(self.prior_actor, feat, seen["a"], seen["bc_mask"])
+        feat, demos = self.encode_frames(self.prior_encoder, demos, self.cfg.shift)
+        loss = behaviour_loss(self.prior_actor, feat, demos["a"], demos["bc_mask"])
         norms = self.step(loss, "prior_encoder", "prior_actor")
         self.prior.update_ema(self.prior_encoder, self.prior_actor, self.cfg.ema_rate)
         return {"prior/behaviour_nll": loss.detach()} | norms
 
     @torch.no_grad()
-    def prior_says(self, batch):
-        """What to imitate where nothing is shown, online: an action drawn from b -> `bc_target`,
-        `bc_mask`.
+    def prior_targets(self, batch):
+        """The behaviour term's targets in online sequences, drawn from b -> `bc_target`, `bc_mask`.
 
-        DEPARTURE: so the policy stays near the behaviour prior wherever the agent gets, and its
-        latents learn from many more places than the demonstrations show what b, which sees images,
-        can tell from those few. Source: Ross et al. 2011 (DAgger): the student is told what to do
-        in states of its own.
+        DEPARTURE: so the policy stays near the behaviour prior wherever the agent gets. Source:
+        Ross et al. 2011 (DAgger): the student is told what to do in states of its own.
         """
-        online, back = ~batch["is_demo"].any(1), self.cfg.frames - 1
-        says = {name: batch[name].clone() for name in ("bc_target", "bc_mask")}
+        online = ~batch["is_demo"].any(1)
+        targets = {name: batch[name].clone() for name in ("bc_target", "bc_mask")}
         if online.any():
-            feat, seen = self.encode_frames(self.prior.model, {k: v[online] for k, v in batch.items()}, 0)
+            part = {name: value[online] for name, value in batch.items()}
+            feat, part = self.encode_frames(self.prior.model, part, 0)
             b = self.prior.actor(feat[:, :-1])
-            says["bc_target"][online, back + 1:] = b.rsample(torch.randn_like(b.mean))[0]
-            says["bc_mask"][online, back:] = seen["valid"]
-        return says
-
-    def model_terms(self, batch):
-        """Eq 4, and the behaviour term's share in shaping the representation -> loss, metrics,
-        feat, brief.
-
-        DEPARTURE: the behaviour term sees states of `brief` memory, filtered once more with the
-        past wiped at random (`forget`). A policy that remembers what it did learns to go on doing
-        it instead of looking: better on held-out demonstrations, worse when it acts. Source: de
-        Haan et al. 2019, causal confusion. DEPARTURE, too, where cfg.latent_noise is 0: these
-        states are means. A regression on noisy inputs is flatter than the truth, and a hand that is
-        steered by it reaches too short. Source: Fuller 1987, measurement error models.
-        """
-        cfg, batch = self.cfg, batch | {"x": to_image(batch["image"])}
-        loss, metrics, feat, embed = model_loss(self.model, batch)
-        brief = feat
-        if cfg.forget or cfg.latent_noise != 1:
-            wiped = batch["is_first"] | (torch.rand(batch["is_first"].shape, device=feat.device) < cfg.forget)
-            brief = torch.cat(self.model.filter(embed, batch["a"], wiped, cfg.latent_noise)[:2], -1)
-        if cfg.repr_weight:
-            shaping = behaviour_loss(self.actor, brief, batch["bc_target"], batch["bc_mask"])
-            loss = loss + cfg.repr_weight * shaping
-        return loss, metrics, feat.float(), brief.float()
-
-    def policy_terms(self, feat, brief, batch):
-        """Eq 13 and, with a value weight, Eq 6 to 11, 14: feat, brief (B, T, F) without gradient ->
-        loss, metrics.
-
-        The loss is the actor's plus the critics': neither reaches the other's parameters, so that
-        one backward pass serves both.
-        """
-        cfg, model = self.cfg, self.model
-        behaviour = behaviour_loss(self.actor, brief, batch["bc_target"], batch["bc_mask"])
-        if not cfg.value_weight:
-            return behaviour, {"actor/behaviour_nll": behaviour.detach()}
-        start = feat.flatten(0, 1)
-        imagined = imagine(model, self.actor, start[:, :cfg.deter], start[:, cfg.deter:], cfg.horizon)
-        reward = model.expected_reward(imagined["feat"][1:])
-        penalized = penalised_reward(reward, imagined["u"], cfg.alpha, model.disagreement_mean)
-        continuation = model.expected_continuation(imagined["feat"][1:])
-        q = self.target(imagined["feat"], imagined["a"]).min(0).values     # the smaller of the two
-        V = value_expansion(penalized, cfg.gamma * continuation, q, cfg.lam)
-        weight = torch.cat([1 - batch["is_terminal"].reshape(1, -1), continuation.detach()]).cumprod(0)
-        loss_actor = actor_loss(V[0], behaviour, imagined["logp"][0], weight[0], cfg)
-
-        y = critic_target(batch["r"], batch["is_terminal"], V[0].reshape(feat.shape[:2]), cfg.gamma)
-        real = critic_loss(self.critic(feat[:, :-1], batch["a"][:, 1:]), y, batch["valid"], self.critic.unit)
-        q = self.critic(imagined["feat"][:-1].detach(), imagined["a"][:-1].detach())
-        on_imagined = critic_loss(q, V[:-1], weight[:-1], self.critic.unit)
-        metrics = {
-            "actor/behaviour_nll": behaviour, "actor/value": V[0].mean() * (1 - cfg.gamma),
-            "actor/entropy": -imagined["logp"][0].mean(), "critic/real": real,
-            "critic/imagined": on_imagined, "imagined/reward": reward.mean(),
-            "imagined/disagreement": imagined["u"].mean() / model.disagreement_mean,
-            "imagined/penalty": (reward - penalized).mean()}
-        metrics = {name: value.detach() for name, value in metrics.items()}
-        return loss_actor + cfg.real_weight * real + on_imagined, metrics
+            targets["bc_target"][online, FRAMES:] = b.rsample(torch.randn_like(b.mean))[0]
+            targets["bc_mask"][online, FRAMES - 1:] = part["valid"]
+        return targets
 
     @torch.no_grad()
     def value_estimate(self, image):
-        """What the critics promise for the action taken at an episode's first image (P, P, 3), in
-        units of 1 / (1 - gamma); None where they never learn. Their input is what they are trained
-        on, a latent of the newest weights, not of the averaged ones."""
-        if not self.cfg.value_weight:
-            return None
+        """The critics' estimate for the action taken at an episode's first image (P, P, 3), in
+        units of 1 / (1 - gamma). SHARP: their input is what they are trained on, a latent of the
+        newest weights, not of the averaged ones."""
         a = torch.as_tensor(self.ema_policy.act(image)[0], device=self.device)[None]
         x = to_image(torch.as_tensor(image, device=self.device))[None]
         h, z = self.model.initial(1, self.device)
-        h, z, *_ = self.model.filter_step(h, z, torch.zeros_like(a), self.model.encoder(x), torch.zeros_like(z))
+        zeros = torch.zeros_like(a), torch.zeros_like(z)
+        h, z, *_ = self.model.filter_step(h, z, zeros[0], self.model.encoder(x), zeros[1])
         return float(self.target(torch.cat([h, z], -1), a).min() / self.target.unit)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Behaviour cloning: the same actor, replay and loops, without a model
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def stacked(image, is_first, frames):
-    """Images of steps t - frames + 1 to t along the channels: (B, T, P, P, 3) -> (B, T', P, P, 3 *
-    frames).
-
-    T' = T - frames + 1: a sequence's first steps are not in view whole. Before an episode's
-    beginning (`is_first`, (B, T)) its first image is repeated.
-    """
-    back, views = frames - 1, [image[:, frames - 1:]]
-    same = torch.ones_like(is_first[:, back:])
-    for n in range(1, frames):                                       # still the same episode n steps back?
-        same = same & ~is_first[:, back + 1 - n:is_first.shape[1] + 1 - n]
-        views.insert(0, torch.where(same[..., None, None, None], image[:, back - n:-n], views[0]))
+    """Images of steps t - frames + 1 to t along the channels: (B, T, P, P, 3) -> (B, T', P, P,
+    3 * frames), T' = T - frames + 1. Before an episode's beginning (`is_first`, (B, T)) its first
+    image is repeated."""
+    T, views = image.shape[1], [image[:, frames - 1:]]
+    same = torch.ones_like(is_first[:, frames - 1:])
+    for n in range(1, frames):                          # still the same episode n steps back?
+        same = same & ~is_first[:, frames - n:T + 1 - n]
+        earlier = image[:, frames - 1 - n:T - n]
+        views.insert(0, torch.where(same[..., None, None, None], earlier, views[0]))
     return torch.cat(views, -1)
 
 
 class StackEncoder(nn.Sequential):
-    """Stacked images (N, 3 * frames, P, P) -> feature (N, F), the input of the Actor and Critic of
-    MOTO; layer norm and tanh keep it bounded, as in DrQ."""
+    """Stacked images (N, 3 * FRAMES, P, P) -> feature (N, F), the input of Actor and Critic; layer
+    norm and tanh keep it bounded, as in DrQ."""
 
     def __init__(self, cfg):
         width = cfg.deter + cfg.stoch
-        super().__init__(Encoder(cfg, cfg.frames), nn.SiLU(), nn.Linear(cfg.hidden, width),
+        super().__init__(Encoder(cfg, FRAMES), nn.SiLU(), nn.Linear(cfg.hidden, width),
                          nn.LayerNorm(width), nn.Tanh())
 
 
 class StackPolicy(Policy):
-    """What acts in the baselines: the encoder of the latest frames (`model`) and the actor. MOTO's
-    behaviour prior is one, too."""
+    """What acts without a world model: the encoder of the latest frames (`model`) and the actor."""
 
     @torch.no_grad()
     def act(self, image, state=None, generator=None):
         """As Policy.act; the carried state is the frames before this one."""
         x = to_image(torch.as_tensor(image, device=self.updates.device))[None]
-        frames = (*state[1:], x) if state else (x,) * self.actor.cfg.frames
+        frames = (*state[1:], x) if state else (x,) * FRAMES
         policy = self.actor(self.model(torch.cat(frames, 1)))
         a = policy.mode
         if generator is not None:
             noise = torch.randn(a.shape, generator=generator).to(a.device)
-            a = policy.rsample(self.actor.cfg.explore * noise)[0]
+            a = policy.rsample(self.actor.cfg.action_noise_scale * noise)[0]
         return a[0].cpu().numpy(), frames
 
 
@@ -1126,38 +1072,39 @@ class BC(Agent):
 
     def __init__(self, cfg, action_size, terminates, device, compiled=False):
         super().__init__(cfg, device)
-        encoder, actor = StackEncoder(cfg), Actor(cfg, action_size)
-        self.prepare({"encoder": cfg.actor_lr, "actor": cfg.actor_lr}, encoder=encoder, actor=actor,
-                     ema_policy=StackPolicy(encoder, actor))
+        self.encoder, self.actor = StackEncoder(cfg), Actor(cfg, action_size)
+        self.ema_policy = StackPolicy(self.encoder, self.actor)
+        self.prepare(encoder=cfg.actor_lr, actor=cfg.actor_lr)
 
     def update(self, batch):
         """One step of everything; as MOTO.update."""
-        feat, batch = self.encode_frames(self.encoder, self.prepare_batch(batch), self.cfg.shift)
+        batch = self.prepare_batch(batch)
+        feat, batch = self.encode_frames(self.encoder, batch, self.cfg.shift)
         with self.autocast():
             loss, metrics = self.losses(feat, batch)
-        metrics |= self.step(loss, *self.optimisers)
+        metrics |= self.step(loss, "encoder", "actor")
         self.ema_policy.update_ema(self.encoder, self.actor, self.cfg.ema_rate)
         return as_numbers(metrics)
 
     def losses(self, feat, batch):
-        """feat (B, T', F) of the stacks, batch of (B, T', ...) -> loss, metrics."""
+        """feat (B, T', F) of the stacked images, batch of (B, T', ...) -> loss, metrics."""
         behaviour = behaviour_loss(self.actor, feat, batch["a"], batch["bc_mask"])
         return behaviour, {"actor/behaviour_nll": behaviour}
 
 
-AGENTS = {"bc": BC}                                                   # every other variant: MOTO
+AGENTS = {"bc": BC}                                       # every other variant: MOTO
 
 
 def make_agent(cfg, action_size, terminates, device, compiled=False):
     return AGENTS.get(cfg.variant, MOTO)(cfg, action_size, terminates, device, compiled)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Episodes and replay
-# ------------------------------------------------------------------------------------------------------------
-# An episode on disk is an .npz of: image (L+1, P, P, 3) uint8; action (L, A) float in [-1, 1], where
-# action[i] led from image[i] to image[i+1]; reward (L,) float, received on arriving at image[i+1];
-# optionally terminal, one bool: the task itself ended at the last image (a time limit is not that).
+# --------------------------------------------------------------------------------------------------
+# An episode on disk is an .npz of: image (L+1, P, P, 3) uint8; action (L, A) float in [-1, 1],
+# where action[i] led from image[i] to image[i+1]; reward (L,), received on arriving at image[i+1];
+# optionally terminal, one bool: the task itself ended at the last image (a time limit is no end).
 
 def write_atomically(path, write):
     """Call write(file) on a temporary neighbour, flush it to the disk, rename it: no half files.
@@ -1173,11 +1120,11 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:                      # RuntimeError: torch.save's full disk
+    except (OSError, RuntimeError) as error:              # RuntimeError: torch.save's full disk
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise UserError(f"cannot write {path} ({error}); free some disk space or choose a writable folder, and "
-                        "repeat the command: everything saved before is intact") from None
+        raise UserError(f"cannot write {path} ({error}); free some disk space or choose a writable "
+                        "folder, and repeat the command: what was saved before is intact") from None
 
 
 def write_json(path, value):
@@ -1185,99 +1132,98 @@ def write_json(path, value):
 
 
 def save_episode(path, image, action, reward, terminal=False):
-    """Write one episode in the layout above; compressed, so that a run folder stays small."""
+    """Write one episode in the layout above, compressed."""
     write_atomically(path, lambda file: np.savez_compressed(
         file, image=np.asarray(image, np.uint8), action=np.asarray(action, np.float32),
         reward=np.asarray(reward, np.float32), terminal=np.asarray(terminal, bool)))
 
 
 def load_episode(path, image_size, action_size):
-    """Read and check one .npz episode -> dict of image, action, reward, terminal. UserError names
-    the fault."""
+    """Read and check one .npz episode -> dict of image, action, reward, terminal. Raises
+    UserError."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except Exception as error:                                       # zip, zlib, pickle, header, system
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); it is missing, truncated or "
-                        "no .npz of plain arrays: write it again or remove it") from None
+    except Exception as error:                            # zip, zlib, pickle, header, system
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); it is missing, "
+                        "truncated or no .npz of plain arrays: rewrite it or remove it") from None
     missing = {"image", "action", "reward"} - arrays.keys()
     if missing:
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}; an episode has image, action and reward")
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}; an episode has image, action "
+                        "and reward")
     image, action, reward = arrays["image"], arrays["action"], arrays["reward"]
     terminal = arrays.get("terminal", np.zeros((), bool))
     L = len(reward) if reward.ndim else 0
-    for wanted, found in (
-            ("image of uint8", image.dtype == np.uint8 or image.dtype),
-            ("action of floating point", action.dtype.kind == "f" or action.dtype),
-            ("reward of floating point or whole numbers", reward.dtype.kind in "fiub" or reward.dtype),
-            ("reward of shape (L,) with at least one step", (reward.ndim == 1 and L > 0) or reward.shape),
-            (f"action of shape {(L, action_size)}", action.shape == (L, action_size) or action.shape),
-            (f"image of shape {(L + 1, image_size, image_size, 3)}, one more than rewards",
-             image.shape == (L + 1, image_size, image_size, 3) or image.shape),
-            ("terminal to be one bool", terminal.size == 1 or terminal.shape)):
-        if found is not True:
-            raise UserError(f"{path}: expected {wanted}, found {found}; correct the file or remove it")
-    for name, array, limit in (("action", action, 1.001), ("reward", reward, np.inf)):
+    images = L + 1, image_size, image_size, 3
+    for wanted, fine, found in (
+            ("image of uint8", image.dtype == np.uint8, image.dtype),
+            ("action of floating point", action.dtype.kind == "f", action.dtype),
+            ("reward of floats or whole numbers", reward.dtype.kind in "fiub", reward.dtype),
+            ("reward of shape (L,) with at least one step", reward.ndim == 1 and L, reward.shape),
+            (f"action of shape {L, action_size}", action.shape == (L, action_size), action.shape),
+            (f"image of shape {images}, one more than rewards", image.shape == images, image.shape),
+            ("terminal to be one bool", terminal.size == 1, terminal.shape)):
+        if not fine:
+            raise UserError(f"{path}: expected {wanted}, found {found}; correct or remove the file")
+    for name, array, limit, wanted in (("action", action, 1.001, "finite and in [-1, 1]"),
+                                       ("reward", reward, np.inf, "finite")):
         if not np.isfinite(array).all() or np.abs(array).max() > limit:
-            wanted = "finite" if limit == np.inf else "finite and in [-1, 1]"
-            raise UserError(f"{path}: {name} must be {wanted}, found {array.min():g} to {array.max():g}; "
-                            "correct the file or remove it")
-    return {"image": image, "action": action.astype(np.float32), "reward": reward.astype(np.float32),
-            "terminal": bool(terminal)}
+            raise UserError(f"{path}: {name} must be {wanted}, found {array.min():g} to "
+                            f"{array.max():g}; correct the file or remove it")
+    return {"image": image, "action": action.astype(np.float32),
+            "reward": reward.astype(np.float32), "terminal": bool(terminal)}
 
 
 def count_steps(path):
-    """The number of images in an episode's file; 0 where it cannot be read, which load_episode explains."""
+    """The number of images in an episode's file; 0 where it cannot be read."""
     with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:
         return len(file["reward"]) + 1
     return 0
 
 
 class Replay:
-    """Episodes laid end to end in flat tensors: a sequence is a slice; sampling costs the same at
-    any size.
+    """Episodes laid end to end in flat tensors: a sequence is a slice.
 
-    Images stay uint8 and are held once, on the device that learns, so that a batch is a gather
-    there and no copy. A sequence may run over the end of one episode into the next: `is_first`
-    marks the seam, and every loss respects it. `starts` has the positions where a sequence may
-    begin, for the offline and for the online part of a batch; any of a part is equally likely. An
+    Images stay uint8, on the device that learns. A sequence may run over the end of one episode
+    into the next: `is_first` marks the episode boundary, and every loss respects it. `starts` has
+    the positions where a sequence may begin, for the offline and the online part of a batch. An
     online episode that joins the offline data is in both.
     """
 
     def __init__(self, capacity, image_size, action_size, device="cpu"):
         self.size, self.device = 0, device
         self.starts = {part: np.zeros(0, int) for part in ("offline", "online")}
-        shapes = {"image": ((image_size, image_size, 3), np.uint8), "a": ((action_size,), np.float32),
-                  "r": ((), np.float32), "is_terminal": ((), np.float32), "is_first": ((), bool),
-                  "is_demo": ((), bool)}
+        kinds = {"image": ((image_size, image_size, 3), np.uint8),
+                 "a": ((action_size,), np.float32), "r": ((), np.float32),
+                 "is_terminal": ((), np.float32), "is_first": ((), bool), "is_demo": ((), bool)}
         self.data = {name: torch.from_numpy(np.zeros((capacity, *shape), kind)).to(device)
-                     for name, (shape, kind) in shapes.items()}    # on a CPU, memory is used as it is filled
+                     for name, (shape, kind) in kinds.items()}   # memory is used as it is filled
 
     def add(self, episode, is_demo, part="offline"):
         """Append an episode (dict as from load_episode) in this file's time: a[t], r[t] led into
-        image[t]. `is_demo`: whether the behaviour term is to imitate it, or which actions of it
-        (L,). Returns where it begins."""
+        image[t]. `is_demo`: whether the behaviour term imitates it, or which actions of it (L,).
+        Returns where it begins."""
         start, end = self.size, self.size + len(episode["image"])
         self.data["image"][start:end] = torch.as_tensor(episode["image"])
         self.data["a"][start + 1:end] = torch.as_tensor(episode["action"])
         self.data["r"][start + 1:end] = torch.as_tensor(episode["reward"])
-        self.data["is_first"][start], self.data["is_terminal"][end - 1] = True, episode["terminal"]
+        self.data["is_first"][start] = True
+        self.data["is_terminal"][end - 1] = episode["terminal"]
         self.data["is_demo"][start + 1:end] = torch.as_tensor(is_demo)
         self.starts[part] = np.append(self.starts[part], np.arange(start, end))
         self.size = end
         return start
 
     def join(self, start, is_demo):
-        """Let the first L actions of the online episode that begins at `start`, of which `is_demo`
-        (L,) are to be imitated, count as offline data, too."""
+        """Let the first L actions of the online episode at `start` count as offline data, too;
+        is_demo (L,) says which of them are imitated."""
         end = start + len(is_demo) + 1
         self.data["is_demo"][start + 1:end] = torch.as_tensor(is_demo)
         self.starts["offline"] = np.append(self.starts["offline"], np.arange(start, end))
 
     def sample(self, rng, count, length, part="offline"):
-        """`count` sequences of `length` steps -> dict of (count, length, ...); `is_first` is set at
-        starts. In the online part nothing counts as a demonstration, neither what has joined the
-        offline data."""
+        """`count` sequences of `length` steps -> dict of (count, length, ...), `is_first` set at
+        their starts. In the online part nothing counts as a demonstration."""
         at = self.starts[part][rng.integers(0, self.choices(part, length), size=count)]
         at = torch.from_numpy(at[:, None] + np.arange(length)).to(self.device)
         batch = {name: values[at] for name, values in self.data.items()}
@@ -1287,14 +1233,13 @@ class Replay:
         return batch
 
     def choices(self, part, length):
-        """How many sequences of `length` steps a part has: `starts` ascends, and the last steps
-        have none."""
+        """How many sequences of `length` steps a part has; `starts` ascends."""
         return int(np.searchsorted(self.starts[part], self.size - length, "right"))
 
 
 def episode_score(cfg, reward):
     """How good an episode's rewards (L,) are: their mean up to the time limit, as if it had kept
-    its largest reward from when it first had it -> that mean, and that step (counted from 0)."""
+    its largest reward from when it first had it -> that mean, and that step (from 0)."""
     peak = int(reward.argmax())
     kept = reward[:peak].sum() + max(1, cfg.episode_steps - peak) * reward[peak]
     return float(kept) / cfg.episode_steps, peak
@@ -1302,37 +1247,39 @@ def episode_score(cfg, reward):
 
 def progress_mask(cfg, reward):
     """Which actions (L,) of an episode with rewards (L,) the behaviour term imitates: those of
-    stretches of at most `imitate_ahead` steps at whose end the reward is higher than ever before in
-    the episode (0: all).
+    stretches of at most `imitate_ahead` steps that end in a new highest reward (0: all).
 
-    DEPARTURE, for data that do more than the task asks: a detour, or what comes after the last
-    object, is in the model's and the critics' data, but not what the policy is held to. Source:
-    imitation of the best actions alone, Chen et al. 2020 (BAIL); there a fitted return says which.
+    DEPARTURE, for data that do more than the task asks: a detour is in the model's and the critics'
+    data, but not what the policy imitates. Source: imitation of the best actions alone, Chen et al.
+    2020 (BAIL).
     """
     if not cfg.imitate_ahead:
         return np.ones(len(reward), bool)
     best = np.maximum.accumulate(np.append(0, reward))
-    took = np.diff(np.flatnonzero(np.diff(best) > 0), prepend=-1)             # steps from one rise to the next
-    return np.pad(np.repeat(took <= cfg.imitate_ahead, took), (0, len(reward) - took.sum()))
+    rises = np.flatnonzero(np.diff(best) > 0)
+    took = np.diff(rises, prepend=-1)                     # steps from one rise to the next
+    mask = np.repeat(took <= cfg.imitate_ahead, took)
+    return np.pad(mask, (0, len(reward) - len(mask)))
 
 
 def sample_batch(cfg, rng, replay):
     """B sequences: all offline before there is online data, then `offline_fraction` of them."""
-    online = cfg.batch - round(cfg.offline_fraction * cfg.batch) if replay.choices("online", cfg.length) else 0
-    shares = ("offline", cfg.batch - online), ("online", online)
-    parts = [replay.sample(rng, count, cfg.length, part) for part, count in shares if count]
+    offline = cfg.batch
+    if replay.choices("online", cfg.length):
+        offline = round(cfg.offline_fraction * cfg.batch)
+    parts = [replay.sample(rng, count, cfg.length, part) for part, count in
+             (("offline", offline), ("online", cfg.batch - offline)) if count]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def memory_bytes(device):
-    """The memory of a GPU, or of this machine as far as the process may use it; None where that is
-    unknown."""
+    """The memory of a GPU, or of this machine as far as the process may use it; None if unknown."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[1]
     found = []
-    with contextlib.suppress(AttributeError, ValueError, OSError):                             # Windows
+    with contextlib.suppress(AttributeError, ValueError, OSError):                # Windows
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    with contextlib.suppress(ValueError, OSError):                             # a container's limit, or "max"
+    with contextlib.suppress(ValueError, OSError):        # a container's limit, or "max"
         found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return min(found, default=None)
 
@@ -1343,48 +1290,50 @@ def check_memory(cfg, action_size, steps):
     there = memory_bytes(cfg.device)
     if there is not None and needed > 0.8 * there:
         raise UserError(f"the replay takes {needed / 1e9:,.1f} GB ({steps:,} steps with images of "
-                        f"{cfg.image_size} x {cfg.image_size}), and {cfg.device} has {there / 1e9:,.1f} in "
-                        "all; lower --online-episodes, --episode-steps, --demos or --image-size")
+                        f"{cfg.image_size} x {cfg.image_size}), and {cfg.device} has "
+                        f"{there / 1e9:,.1f} in all; lower --online-episodes, --episode-steps, "
+                        "--demos or --image-size")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Environments and demonstrations
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # An environment has action_size, terminates, describe() -> dict, reset(seed) -> image, close(), and
-# step(a) -> image, reward, terminal (the task ended), over (it ended or ran out of time), success. One that
-# can demonstrate has also scripted_action(), demonstrated (the script's aim is reached), and
-# max_demo_reward (the largest reward that a demonstration may contain).
+# step(a) -> image, reward, terminal (the task ended), over (it ended or ran out of time), success.
+# One that can demonstrate has also scripted_action(), demonstrated (the script's aim is reached),
+# and max_demo_reward (the largest reward that a demonstration may contain). It may have
+# score(rewards) -> dict, beside the success rate, and draw(run, path) -> dict, its own picture.
 
-GL_HELP = ("no OpenGL backend works for MuJoCo without a screen; install one (Debian, Ubuntu: apt-get "
-           "install libegl1 libgl1-mesa-dri, or libosmesa6) or set MUJOCO_GL to one that works")
+GL_HELP = ("no OpenGL backend works for MuJoCo without a screen; install one (Debian, Ubuntu: "
+           "apt-get install libegl1 libgl1-mesa-dri, or libosmesa6) or set MUJOCO_GL to one that "
+           "works")
 
 
 def choose_gl():
     """Set MUJOCO_GL before mujoco is imported: as the user wants it, else EGL, else OSMesa. Returns
-    "", or, where nothing works, a sentence with cause and mend. In a rollout worker's process the
-    program has tried it before."""
+    "", or, where nothing works, a sentence with cause and mend."""
     if not sys.platform.startswith("linux") or "mujoco" in sys.modules or worker:
         return ""
-    wishes = {name: os.environ[name] for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM") if os.environ.get(name)}
-    trial = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8).close()"
+    wishes = {name: os.environ[name] for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM")
+              if os.environ.get(name)}
+    trial = ("import mujoco; "
+             "mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8).close()")
 
-    def works(settings):                                             # in a child: a failed import stays so
+    def works(settings):                                  # in a child: a failed import stays so
         others = {name: value for name, value in os.environ.items() if name not in wishes}
-        return subprocess.run([sys.executable, "-c", trial], env=others | settings,
-                              capture_output=True).returncode == 0
-    choices = [{"MUJOCO_GL": backend} for backend in ("egl", "osmesa")]
-    for choice in choices:
-        if works(choice | wishes):
-            os.environ.update(choice | wishes)
+        return not subprocess.run([sys.executable, "-c", trial], env=others | settings,
+                                  capture_output=True).returncode
+    backends = [{"MUJOCO_GL": name} for name in ("egl", "osmesa")]
+    for backend in backends[:1 if "MUJOCO_GL" in wishes else 2]:
+        if works(backend | wishes):
+            os.environ.update(backend | wishes)
             return ""
-        if "MUJOCO_GL" in wishes:
-            break
     if not wishes:
         return GL_HELP
     cause = " and ".join(f"{name}={value}" for name, value in wishes.items())
-    mend = next((f"unset it: {choice['MUJOCO_GL']} does" for choice in choices if works(choice)),
-                f"unset it; without it, too, {GL_HELP}")
-    return f"MuJoCo cannot render with {cause}, which is set in the environment; {mend}"
+    mend = next((f"{backend['MUJOCO_GL']} does" for backend in backends if works(backend)),
+                f"without it, too, {GL_HELP}")
+    return f"MuJoCo cannot render with {cause}, which is set in the environment; unset it: {mend}"
 
 
 def nearest(name, known):
@@ -1397,8 +1346,7 @@ def need(package, command):
     """Raise UserError where a simulator's package or OpenGL is missing."""
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{package} is not installed; {command}")
-    trouble = choose_gl()
-    if trouble:
+    if trouble := choose_gl():
         raise UserError(trouble)
 
 
@@ -1406,16 +1354,16 @@ class Camera:
     """Images (P, P, 3) uint8 of a MuJoCo scene; `view`: azimuth, elevation (degrees), distance,
     lookat (m).
 
-    DEPARTURE: shadows, multisampling and reflections are off, which renders much faster in
-    software. Instead each pixel is the mean of `finer` x `finer` rendered ones: a hand is then
-    located to fractions of a pixel (1 cm on Meta-World).
+    DEPARTURE: no shadows, multisampling and reflections, which are slow in software. Instead each
+    pixel is the mean of 2 x 2 rendered ones, which locates a hand to fractions of a pixel.
     """
+    finer = 2
 
     def __init__(self, cfg, model, data, view):
         import mujoco
-        self.model, self.data, self.view, self.finer = model, data, view, cfg.supersample
+        self.data, self.view = data, view
         quality = model.vis.quality
-        quality.shadowsize = quality.offsamples = 0                  # SHARP: before the renderer is built
+        quality.shadowsize = quality.offsamples = 0       # SHARP: before the renderer is built
         side = self.finer * cfg.image_size
         self.renderer = mujoco.Renderer(model, side, side)
         self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
@@ -1424,32 +1372,28 @@ class Camera:
             setattr(self.free, name, value)
 
     def describe(self):
-        """All that decides what an image looks like, for config.json and for the demonstrations'
-        cache."""
+        """All that decides what an image looks like."""
         from OpenGL import GL
-        self.render()                                                # makes its own OpenGL context current
+        self.render()                                     # makes its own OpenGL context current
         return {"renderer": GL.glGetString(GL.GL_RENDERER).decode(), "camera": self.view,
                 "gl": os.environ.get("MUJOCO_GL", "default"), "supersampling": self.finer,
                 "quality": "no shadows, samples, reflections",
                 "mujoco": importlib.metadata.version("mujoco")}
 
     def render(self):
-        """The image (P, P, 3) uint8."""
         self.renderer.update_scene(self.data, self.free)
         image, n = self.renderer.render().astype(np.uint16), self.finer
-        return (sum(image[i::n, j::n] for i in range(n) for j in range(n)) / n ** 2).round().astype(np.uint8)
+        total = sum(image[i::n, j::n] for i in range(n) for j in range(n))
+        return (total / n ** 2).round().astype(np.uint8)
 
     def close(self):
         self.renderer.close()
 
 
 class MetaWorld:
-    """A Meta-World task seen through the authors' camera.
-
-    The protocol of the authors' baselines: sparse reward (1 while `success` holds), action repeat,
-    new object and goal positions at each reset, jittered hand, ten zero actions, no early
-    termination.
-    """
+    """A Meta-World task seen through the authors' camera, by their baselines' protocol: sparse
+    reward (1 while `success` holds), action repeat, new object and goal positions at each reset,
+    jittered hand, ten zero actions, no early termination."""
     action_size, terminates, max_demo_reward = 4, False, 1
     view = {"azimuth": 15, "elevation": -22.5, "distance": 0.75, "lookat": [-0.15, 0.65, 0.25]}
 
@@ -1459,24 +1403,25 @@ class MetaWorld:
         from metaworld.policies import ENV_POLICY_MAP as policies
         names = sorted(name.removesuffix("-v3-goal-observable") for name in tasks)
         if cfg.task not in names:
-            names += Kitchen.tasks
-            raise UserError(f"unknown task {cfg.task!r}; {nearest(cfg.task, names)}, or gym:ENV_ID")
-        warnings.filterwarnings("ignore", "Constant")                # scripted actions leave [-1, 1]: clipped
+            hint = nearest(cfg.task, [*names, *KITCHENS])
+            raise UserError(f"unknown task {cfg.task!r}; {hint}, or gym:ENV_ID")
+        warnings.filterwarnings("ignore", "Constant")     # scripted actions leave [-1, 1]: clipped
         self.env = tasks[f"{cfg.task}-v3-goal-observable"](seed=0)
         self.env.seeded_rand_vec, self.env._freeze_rand_vec = True, False
         self.policy_class, self.repeat = policies[f"{cfg.task}-v3"], cfg.action_repeat
         most = (self.env.max_path_length - 10) // cfg.action_repeat
         if cfg.episode_steps > most:
-            raise UserError(f"--episode-steps is {cfg.episode_steps} but Meta-World allows at most {most}")
+            raise UserError(f"--episode-steps is {cfg.episode_steps} but Meta-World allows at most "
+                            f"{most}")
         self.camera = Camera(cfg, self.env.model, self.env.data, self.view)
-        self.render = self.camera.render
+        self.render, self.close = self.camera.render, self.camera.close
 
     def describe(self):
         return self.camera.describe() | {"metaworld": importlib.metadata.version("metaworld")}
 
     def reset(self, seed):
         rng = np.random.default_rng(seed)
-        self.env.seed(int(rng.integers(2 ** 31)))                    # SHARP: reset(seed=...) is ignored
+        self.env.seed(int(rng.integers(2 ** 31)))         # SHARP: reset(seed=...) is ignored
         self.env.hand_init_pos = np.array([0.1, 0.5, 0.3]) + 0.02 * rng.standard_normal(3)
         self.env.reset()
         for _ in range(10):
@@ -1487,358 +1432,87 @@ class MetaWorld:
     def step(self, action):
         for _ in range(self.repeat):
             self.observation, _, _, _, info = self.env.step(np.asarray(action, np.float32))
-        success = bool(info["success"])
-        self.demonstrated = success
+        self.demonstrated = success = bool(info["success"])
         return self.render(), float(success), False, False, success
 
     def scripted_action(self):
         """The scripted policy's action for the present state, clipped (4,)."""
-        observation = self.observation.copy()              # SHARP: door-open's policy edits its input
+        observation = self.observation.copy()             # SHARP: door-open's edits its input
         return np.clip(self.policy.get_action(observation), -1, 1)
-
-    def close(self):
-        self.camera.close()
-
-
-KITCHEN_EXTRA = "pip install gymnasium-robotics==1.4.2 'minari[hdf5,hf]==0.5.4' (the extra for Franka Kitchen)"
-OPEN, SHUT = 1.0, -1.0                                               # the action of both fingers
-# Object: the site that its way-points are relative to (m, world axes); the way-points with what the fingers
-# do there, where the work ends last; where to back off. A policy is less exact than a script, and later: a
-# push goes through the middle of what was measured to work, and the kettle's does no harm when it is kept up.
-SCRIPTS = {
-    "microwave": ("microhandle_site",
-                  [((.10, -.25, 0), OPEN), ((.03, -.15, 0), OPEN), ((.03, 0, 0), OPEN), ((.03, 0, 0), SHUT),
-                   ((-.10, -.25, 0), SHUT), ((-.3, -.4, 0), SHUT)], ((.05, -.15, .1), OPEN)),
-    "kettle": ("kettle_site",
-               [((.03, -.3, -.085), SHUT), ((.03, -.2, -.085), SHUT), ((.09, .1, -.085), SHUT)],
-               ((0, -.12, .05), SHUT)),
-    "bottom burner": ("knob2_site",
-                      [((-.07, -.03, -.18), SHUT), ((-.07, -.03, .065), SHUT), ((.02, -.03, .045), SHUT)],
-                      ((0, -.15, 0), SHUT)),
-    "top burner": ("knob4_site",
-                   [((-.06, -.25, .05), SHUT), ((-.06, -.03, .05), SHUT), ((.015, -.03, .03), SHUT)],
-                   ((0, -.15, 0), SHUT)),
-    "light switch": ("light_site",
-                     [((.08, -.15, .04), OPEN), ((.08, -.02, .04), OPEN), ((-.2, .01, .04), OPEN)],
-                     ((.1, -.15, .05), SHUT)),
-    "slide cabinet": ("slide_site",
-                      [((-.12, -.12, 0), SHUT), ((-.1, .03, 0), SHUT), ((.35, .03, 0), SHUT)],
-                      ((-.05, -.2, 0), SHUT)),
-}
-
-
-class Kitchen:
-    """Franka Kitchen through the authors' camera: an arm, nine velocities, four objects to be put
-    in place.
-
-    The reward is the number of the task's four objects that are in place at that step; success is
-    all four. No termination. Demonstrations are scripted: three of the task's own sub-tasks and
-    another one out of the six of SCRIPTS, in varying order, so that none is worth more than 3.
-    Sources: Gupta et al. 2019; D4RL.
-    """
-    action_size, terminates, max_demo_reward = 9, False, 3
-    view = {"azimuth": 90, "elevation": -60, "distance": 1.86, "lookat": [-0.3, 0.5, 2.0]}
-    tasks = {"kitchen-partial": ("microwave", "kettle", "light switch", "slide cabinet"),
-             "kitchen-mixed": ("microwave", "kettle", "bottom burner", "light switch")}
-
-    def __init__(self, cfg):
-        need("gymnasium_robotics", KITCHEN_EXTRA)
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):     # news of other robots
-            import gymnasium, gymnasium_robotics
-        gymnasium.register_envs(gymnasium_robotics)
-        self.targets, self.repeat = self.tasks[cfg.task], cfg.action_repeat
-        self.env = gymnasium.make("FrankaKitchen-v1", tasks_to_complete=list(self.targets),
-                                  terminate_on_tasks_completed=False, remove_task_when_completed=False)
-        self.env = self.env.unwrapped                                # our own time limit
-        self.model, self.data = self.env.model, self.env.data
-        self.camera = Camera(cfg, self.model, self.data, self.view)
-        self.render = self.camera.render
-
-    def describe(self):
-        name = "gymnasium-robotics"
-        code = "".join(map(inspect.getsource, (Kitchen.draw_sequence, Kitchen.play_script, Kitchen.reach)))
-        return self.camera.describe() | {name: importlib.metadata.version(name), "scripts": SCRIPTS,
-                                         "script code": hashlib.sha256(code.encode()).hexdigest()[:12]}
-
-    def reset(self, seed):
-        self.rng, self.script, self.sequence = np.random.default_rng(seed), None, []
-        self.env.reset(seed=int(self.rng.integers(2 ** 31)))
-        return self.render()
-
-    def step(self, action):
-        for _ in range(self.repeat):
-            _, reward, *_ = self.env.step(np.asarray(action, float))
-        self.demonstrated = all(map(self.in_place, self.sequence))
-        return self.render(), reward, False, False, reward == len(self.targets)
-
-    def restore(self, observation):
-        """Set a recorded observation (59,) back into the simulator -> image, reward there."""
-        self.env.robot_env.set_state(np.concatenate([observation[:9], observation[18:39]]),
-                                     np.concatenate([observation[9:18], observation[39:]]))
-        return self.render(), float(sum(map(self.in_place, self.targets)))
-
-    def in_place(self, name, within=0.3):
-        """Whether an object is near its goal; 0.3 is what the environment itself counts."""
-        from gymnasium_robotics.envs.franka_kitchen import kitchen_env
-        at = self.data.qpos[kitchen_env.OBS_ELEMENT_INDICES[name]]
-        return bool(np.linalg.norm(at - kitchen_env.OBS_ELEMENT_GOALS[name]) < within)
-
-    def draw_sequence(self):
-        """The task's own four, one replaced by what does not count, in an order that leans to the
-        task's."""
-        sequence, others = [*self.targets], [name for name in SCRIPTS if name not in self.targets]
-        sequence[self.rng.integers(4)] = others[self.rng.integers(len(others))]
-        return [sequence[i] for i in np.argsort(np.arange(4) + self.rng.uniform(0, 2, 4))]
-
-    def scripted_action(self):
-        if self.script is None:
-            self.sequence = self.sequence or self.draw_sequence()
-            self.script = self.play_script()
-        return next(self.script)
-
-    def play_script(self):
-        """The actions (9,) of a sequence of sub-tasks, then rest: one by one, as the scene changes.
-
-        A sub-task ends where the hand has arrived, slowly and within a centimetre, or half as far
-        from the goal as counts as in place. Where it ended in full swing, a policy late by a step
-        would push on.
-        """
-        for name in self.sequence:
-            site, (*way, (end, grip)), (back, fingers) = SCRIPTS[name]
-            origin = self.data.site(site).xpos.copy()
-            for offset, held in way:
-                yield from self.reach(origin + offset, held, 0.08)
-            yield from self.reach(origin + end, grip, 0.055, 0.01, lambda: self.in_place(name, 0.15))
-            yield from self.reach(self.data.site("end_effector").xpos + back, fingers, 0.08, most=12)
-        while True:
-            yield np.zeros(9)
-
-    def reach(self, target, fingers, speed, near=0.03, done=lambda: False, most=40):
-        """Actions towards a point (3,), at `speed` m a step, until within `near` m of it or done().
-
-        Damped least squares for the seven joints, a twentieth of the way back to the first posture
-        in what that leaves free, and near the target an integral term: the joints sag. Fingers get
-        four steps.
-        """
-        import mujoco
-        jacobian, error, missed = np.zeros((3, self.model.nv)), np.full(3, np.inf), np.zeros(3)
-        for step in range(most):
-            if (step >= 4 and np.linalg.norm(error) < near) or done():
-                return
-            error = target - self.data.site("end_effector").xpos
-            length = np.linalg.norm(error)
-            missed = missed + error if length < 0.08 else np.zeros(3)
-            wanted = (error + 0.1 * missed) * min(1, speed / length)
-            mujoco.mj_jacSite(self.model, self.data, jacobian, None, self.data.site("end_effector").id)
-            J = jacobian[:, :7]
-            inverse = J.T @ np.linalg.inv(J @ J.T + 1e-3 * np.eye(3))
-            posture = self.env.robot_env.init_qpos[:7] - self.data.qpos[:7]
-            joints = inverse @ wanted + (np.eye(7) - inverse @ J) @ (0.05 * posture)
-            yield np.clip(np.append(2.2 / 0.16 * joints, [fingers, fingers]), -1, 1)      # 0.16: a step at 1
-
-    def close(self):
-        self.camera.close()
-        self.env.close()
-
-
-def to_rgb(picture):
-    """What an environment's render() gave -> (height, width, 3) uint8: of an array (or a list of
-    one) that is gray, RGB or opaque RGBA, channels last or first, in uint8, booleans or floats from
-    0 to 1. Raises ValueError, which says what it found, on anything else."""
-    if isinstance(picture, (list, tuple)) and len(picture) == 1:
-        picture, = picture
-    if picture is None or isinstance(picture, (list, tuple, dict, str)):
-        raise ValueError(f"{type(picture).__name__}, where one array is needed")
-    image = np.asarray(picture)
-    if image.dtype.kind in "bf":
-        if not ((image >= 0) & (image <= 1)).all():                  # nan neither
-            raise ValueError(f"floats from {image.min():g} to {image.max():g}, which are to be from 0 to 1")
-        image = (255 * image.astype(np.float64)).round().astype(np.uint8)
-    if image.dtype != np.uint8:
-        raise ValueError(f"values of {image.dtype}, which are to be uint8, or floats from 0 to 1")
-    image = image[..., None] if image.ndim == 2 else image
-    last, first = (image.ndim == 3 and image.shape[axis] in (1, 3, 4) for axis in (-1, 0))
-    if last == first or not image.size:                              # neither, or either
-        raise ValueError(f"shape {image.shape}, where (height, width, 3) is needed")
-    image = image if last else np.moveaxis(image, 0, -1)
-    if image.shape[-1] == 4 and (image[..., 3] < 255).any():
-        raise ValueError("a picture that is in part transparent")
-    return np.ascontiguousarray(np.broadcast_to(image[..., :3], (*image.shape[:2], 3)))
-
-
-class GymTask:
-    """Any Gymnasium environment with rgb_array rendering and a bounded Box of actions.
-
-    Actions in [-1, 1] are mapped evenly onto the box, of whole numbers, too; pictures are converted
-    by `to_rgb`. One reset, render and step are tried at once. Raises UserError, or, where something
-    cannot be used that comes from the environment itself, there or in the middle of a run,
-    EpisodeError with the step and the value.
-    """
-    terminates = True
-
-    def __init__(self, cfg):
-        trouble = choose_gl()                                        # for those that are built on MuJoCo
-        import gymnasium
-        self.name, self.shape, self.steps = cfg.task.removeprefix("gym:"), None, 0
-        self.repeat, self.size, self.success_reward = cfg.action_repeat, cfg.image_size, cfg.success_reward
-        try:
-            self.env = gymnasium.make(self.name, render_mode="rgb_array", disable_env_checker=True)
-        except Exception as error:
-            mend = f"install what it needs{'; ' * bool(trouble)}{trouble}"
-            if self.name.split(":")[-1] not in gymnasium.registry:
-                mend = (f"{nearest(self.name, sorted(gymnasium.registry))} What another package registers is "
-                        "gym:MODULE:ID, with the module to import")
-            raise UserError(f"Gymnasium cannot make {self.name!r} with rgb_array rendering ({error}); {mend}"
-                          ) from None
-        self.space = space = self.env.action_space
-        if not (isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1 and space.is_bounded()):
-            raise UserError(f"{self.name} has actions {space}; a one-dimensional bounded Box is needed")
-        if space.dtype.kind != "f" and np.abs(np.append(space.low, space.high).astype(float)).max() > 2 ** 53:
-            raise UserError(f"{self.name} has actions {space}; whole numbers are exact up to 2^53 only")
-        self.action_size = space.shape[0]
-        self.reset([0])
-        self.step(np.zeros(self.action_size))
-
-    def describe(self):
-        import gymnasium
-        return {"gymnasium": gymnasium.__version__}
-
-    def trouble(self, what):
-        return EpisodeError(f"{self.name}: {what} (at step {self.steps} of an episode); correct the "
-                            "environment")
-
-    def ask(self, method, *args, **kwargs):
-        """Call a method of the environment."""
-        try:
-            return getattr(self.env, method)(*args, **kwargs)
-        except Exception as error:
-            signature = ("; Gymnasium's reset takes seed and options and returns 2 values, step returns 5"
-                         if isinstance(error, (TypeError, ValueError)) else "")
-            raise self.trouble(f"{method}() failed with {type(error).__name__}: {error}{signature}") from None
-
-    def number(self, value, name):
-        """A finite number as float, from a boolean, a number, or an array of one."""
-        with contextlib.suppress(ValueError):                        # of a ragged list
-            array = np.asarray(value)
-            if array.size == 1 and array.dtype.kind in "biuf" and np.isfinite(array).all():
-                return float(array.item())
-        raise self.trouble(f"step() gave {str(value)[:80]!r} as {name}, where a finite number is needed")
-
-    def reset(self, seed):
-        self.steps = 0
-        answer = self.ask("reset", seed=int(np.random.default_rng(seed).integers(2 ** 31)))
-        if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], dict)):
-            raise self.trouble("reset() returned something else than Gymnasium's observation, info")
-        return self.render()
-
-    def to_box(self, action):
-        """An action (A,) in [-1, 1] -> the box: linearly between floating bounds; of whole numbers,
-        each has an equal share of [-1, 1]."""
-        low, high = self.space.low.astype(float), self.space.high.astype(float)
-        share = (np.clip(np.asarray(action, float), -1, 1) + 1) / 2
-        if self.space.dtype.kind != "f":
-            return np.minimum(low + np.floor(share * (high - low + 1)), high).astype(self.space.dtype)
-        scaled = ((1 - share) * low + share * high).astype(self.space.dtype)
-        return scaled.clip(self.space.low, self.space.high)          # rounding may have left it
-
-    def step(self, action):
-        total, success = 0.0, False
-        self.steps += 1
-        for _ in range(self.repeat):
-            answer = self.ask("step", self.to_box(action))
-            if not (isinstance(answer, tuple) and len(answer) == 5 and isinstance(answer[4], dict)):
-                raise self.trouble("step() returned something else than Gymnasium's observation, reward, "
-                                   "terminated, truncated, info")
-            _, reward, terminal, truncated, info = answer
-            reward = self.number(reward, "reward")
-            terminal, truncated = self.number(terminal, "terminated"), self.number(truncated, "truncated")
-            key = next((key for key in ("success", "is_success") if key in info), None)
-            success |= bool(self.number(info[key], key) if key else reward >= self.success_reward)
-            total += reward
-            if terminal or truncated:
-                break
-        return self.render(), total, bool(terminal), bool(terminal or truncated), success
-
-    def render(self):
-        from PIL import Image
-        picture = self.ask("render")
-        try:
-            image = to_rgb(picture)
-        except ValueError as error:
-            raise self.trouble(f"render() gave {error}") from None
-        if self.shape not in (None, image.shape):
-            raise self.trouble(f"render() gave a picture of shape {image.shape} after others of {self.shape}")
-        self.shape = image.shape
-        return np.array(Image.fromarray(image).resize((self.size, self.size), Image.Resampling.BOX))
-
-    def close(self):
-        self.env.close()
 
 
 def make_env(cfg):
-    kind = GymTask if cfg.task.startswith("gym:") else Kitchen if cfg.task in Kitchen.tasks else MetaWorld
-    return kind(cfg)
+    """Meta-World, or what experiments/ has for the task."""
+    if cfg.task.startswith("gym:"):
+        return extra("gym_task").GymTask(cfg)
+    return extra("franka_kitchen").Kitchen(cfg) if cfg.task in KITCHENS else MetaWorld(cfg)
+
+
+def extra(name):
+    """The module experiments/<name>.py; a run's folder has a copy beside its moto.py."""
+    here = Path(__file__).resolve().parent
+    folder = next((f for f in (here / "experiments", here) if (f / f"{name}.py").exists()), None)
+    if folder is None:
+        raise UserError(f"experiments/{name}.py is not beside {__file__}; clone the repository")
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    return importlib.import_module(name)
 
 
 def episode_seed(cfg, stream, index):
     """Seeds of demonstrations, online episodes and evaluations: three streams that never meet."""
-    return [cfg.seed, {"demos": 0, "online": 1, "evaluation": 2}[stream], index]
+    return [cfg.seed, ("demos", "online", "evaluation").index(stream), index]
 
 
 def demonstrate(cfg, env, seed):
     """One scripted episode -> lists of image, action, reward, and whether it succeeded.
 
     Noise is added to the clipped scripted action; the sum, clipped again, is executed and recorded.
-    It goes on for `demo_tail` steps after the first success: long enough to show that the reward
-    lasts (where it does), not so long that the data is all standing still.
+    It goes on for DEMO_TAIL steps after the first success, to show that the reward lasts.
     """
-    rng, images, actions, rewards, after = np.random.default_rng(seed), [env.reset(seed)], [], [], 0
-    while len(actions) < cfg.episode_steps and after <= cfg.demo_tail:
-        a = np.clip(env.scripted_action() + cfg.demo_noise * rng.standard_normal(env.action_size), -1, 1)
-        image, reward, *_ = env.step(a)
-        images.append(image), actions.append(a), rewards.append(reward)
+    rng, after = np.random.default_rng(seed), 0
+    images, actions, rewards = [env.reset(seed)], [], []
+    while len(actions) < cfg.episode_steps and after <= DEMO_TAIL:
+        noise = cfg.demo_noise * rng.standard_normal(env.action_size)
+        actions.append(np.clip(env.scripted_action() + noise, -1, 1))
+        image, reward, *_ = env.step(actions[-1])
+        images.append(image)
+        rewards.append(reward)
         after += bool(env.demonstrated or after)
         exit_if_asked()
     return images, actions, rewards, after > 0 and max(rewards) <= env.max_demo_reward
 
 
 def collect_demos(cfg, workers):
-    """Successful scripted demonstrations; returns their paths, in a folder named after all that
-    decides them.
-
-    The same ingredients find the same folder again, a changed one makes a new folder. A collection
-    that was interrupted continues. Raises UserError where the scripted policy hardly ever succeeds.
-    """
-    env = workers.env
-    if not hasattr(env, "scripted_action"):
-        raise UserError(f"{cfg.task} has no scripted policy; give your own episodes with --data DIR")
-    folder = cache_folder(cfg, env, {name: getattr(cfg, name) for name in
-                                     ("seed", "demos", "demo_noise", "demo_tail", "episode_steps")})
+    """Successful scripted demonstrations -> their paths, in a folder named after all that decides
+    them. A collection that was interrupted continues. Raises UserError where the scripted policy
+    hardly ever succeeds."""
+    if not hasattr(workers.env, "scripted_action"):
+        raise UserError(f"{cfg.task} has no scripted policy; give your own episodes: --data DIR")
+    names = "seed", "demos", "demo_noise", "episode_steps"
+    ingredients = {name: getattr(cfg, name) for name in names} | {"demo_tail": DEMO_TAIL}
+    folder = cache_folder(cfg, workers.env, ingredients)
     paths = sorted(folder.glob("attempt*.npz"))[:cfg.demos]
-    attempt = int(paths[-1].stem[-4:]) + 1 if paths else 0
-    most, complete = 10 * cfg.demos + 20, len(paths) == cfg.demos
-    with tqdm(total=cfg.demos, initial=len(paths), desc="demonstrations", disable=complete) as bar:
-        while len(paths) < cfg.demos:
-            if attempt >= most:
-                raise UserError(f"only {len(paths)} of {attempt} scripted attempts at {cfg.task} succeeded in "
-                                f"{cfg.episode_steps} steps; raise --episode-steps or lower --demo-noise")
-            several = range(attempt, min(attempt + 2 * cfg.workers, most))
-            seeds = [episode_seed(cfg, "demos", index) for index in several]
-            for attempt, (*episode, success) in zip(several, workers.each(demonstrate, seeds)):
-                if success and len(paths) < cfg.demos:
-                    paths.append(folder / f"attempt{attempt:04d}.npz")
-                    save_episode(paths[-1], *episode)
-                    bar.update()
-                exit_if_asked()
-                if len(paths) == cfg.demos:
-                    break
-            attempt += 1
-    return paths
+    if len(paths) == cfg.demos:
+        return paths
+    most = 10 * cfg.demos + 20
+    attempts = range(int(paths[-1].stem[-4:]) + 1 if paths else 0, most)
+    seeds = [episode_seed(cfg, "demos", index) for index in attempts]
+    with tqdm(total=cfg.demos, initial=len(paths), desc="demonstrations") as bar:
+        for attempt, (*episode, success) in zip(attempts, workers.each(demonstrate, seeds)):
+            if success:
+                paths.append(folder / f"attempt{attempt:04d}.npz")
+                save_episode(paths[-1], *episode)
+                bar.update()
+            exit_if_asked()
+            if len(paths) == cfg.demos:
+                return paths
+    raise UserError(f"only {len(paths)} of {most} scripted attempts at {cfg.task} succeeded in "
+                    f"{cfg.episode_steps} steps; raise --episode-steps or lower --demo-noise")
 
 
 def cache_folder(cfg, env, ingredients):
-    """The folder in cfg.cache for episodes made from `ingredients` (and from what decides how they
-    look)."""
+    """The folder in cfg.cache for episodes made from `ingredients` by this environment."""
     ingredients = ingredients | env.describe() | {
         "numpy": np.__version__, "layout": 1, "task": cfg.task, "image_size": cfg.image_size,
         "action_repeat": cfg.action_repeat}
@@ -1853,7 +1527,7 @@ def offline_paths(cfg, workers):
     if not cfg.data:
         return collect_demos(cfg, workers)
     if cfg.data.startswith("minari:"):
-        return render_minari(cfg, workers)
+        return extra("franka_kitchen").render_minari(cfg, workers)
     paths = sorted(Path(cfg.data).glob("*.npz"))
     if not paths:
         raise UserError(f"{cfg.data} holds no .npz episodes" if Path(cfg.data).is_dir() else
@@ -1861,217 +1535,46 @@ def offline_paths(cfg, workers):
     return paths
 
 
-def render_minari(cfg, workers):
-    """--data minari:ID: a recorded data set of states, rendered anew -> paths of episodes, cached.
-
-    States are set back into the simulator, and rewards counted for the task's four objects. Raises
-    UserError where the data set is missing, damaged, or for another robot.
-    """
-    if cfg.task not in Kitchen.tasks:
-        raise UserError(f"--data minari: is for {' and '.join(Kitchen.tasks)}; {cfg.task} takes a folder "
-                        "of .npz episodes")
-    need("minari", KITCHEN_EXTRA)
-    import minari
-    name = cfg.data.removeprefix("minari:")
-    try:
-        data = minari.load_dataset(name, download=True)
-        recorded = [(episode.observations, episode.actions) for episode in data.iterate_episodes()]
-    except Exception as error:                       # network, files, versions: whatever h5py or minari raise
-        raise UserError(f"the Minari data set {name!r} cannot be read ({type(error).__name__}: {error}); "
-                        "remove it and fetch it anew, as by: minari download D4RL/kitchen/mixed-v2") from None
-    recorded = [(seen.get("observation") if isinstance(seen, dict) else seen, actions)
-                for seen, actions in recorded]
-    for states, actions in recorded:
-        arrays = isinstance(states, np.ndarray) and isinstance(actions, np.ndarray)
-        if not (arrays and states.shape == (len(actions) + 1, 59) and actions.shape[1:] == (9,)
-                and states.dtype.kind == actions.dtype.kind == "f"
-                and np.isfinite(states).all() and np.isfinite(actions).all()):
-            found = [f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
-                     for value in (states, actions)]
-            raise UserError(f"the Minari data set {name!r} has observations {found[0]} and actions "
-                            f"{found[1]}; Franka Kitchen has finite floats (L+1, 59) and (L, 9): choose "
-                            "another data set")
-    folder = cache_folder(cfg, workers.env, {"minari": name, "episodes": len(recorded)})
-    paths = [folder / f"episode{index:04d}.npz" for index in range(len(recorded))]
-    missing = [(path, *episode) for path, episode in zip(paths, recorded) if not path.exists()]
-    rendered = workers.each(render_recorded, missing)
-    for _ in tqdm(rendered, total=len(missing), desc="rendering", disable=not missing):
-        exit_if_asked()
-    return paths
-
-
-def render_recorded(cfg, env, recorded):
-    """Render one recorded episode (path, states (L+1, 59), actions (L, 9)) to its path."""
-    path, states, actions = recorded
-    env.reset(0)
-    images, rewards = zip(*map(env.restore, states))
-    save_episode(path, images, np.clip(actions, -1, 1), rewards[1:])
-
-
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The two loops, and evaluation
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def pretrain(run):
-    """Offline: updates on the static data alone. Ends with the offline score."""
-    cfg, done = run.cfg, run.state["updates"]
-    with tqdm(total=cfg.offline_updates, initial=min(done, cfg.offline_updates), desc="offline") as bar:
-        while run.state["updates"] < cfg.offline_updates:
+    """Offline: updates on the static data alone, then the offline score."""
+    cfg, state = run.cfg, run.state
+    done = min(state["updates"], cfg.offline_updates)
+    with tqdm(total=cfg.offline_updates, initial=done, desc="offline") as bar:
+        while state["updates"] < cfg.offline_updates:
             run.score_on_the_way()
             run.update(bar, "offline")
-    if run.state["updates"] == cfg.offline_updates:
-        run.save()                                                   # a score has a checkpoint beside it
+    if state["updates"] == cfg.offline_updates:
+        run.save()                                        # a score has a checkpoint beside it
         run.score("offline", cfg.final_episodes)
         run.save()
 
 
 def finetune(run):
     """Online: one episode with the sampled policy, then U updates on old and new data together;
-    again.
-
-    Ends with the final score, which is the offline score where there are no online episodes.
-    """
+    again. Ends with the final score; without online episodes that is the offline score."""
     cfg, state = run.cfg, run.state
-    total = cfg.online_episodes * cfg.updates_per_episode
-    done = state["updates"] - cfg.offline_updates
+    total, done = planned_updates(cfg) - cfg.offline_updates, state["updates"] - cfg.offline_updates
     with tqdm(total=total, initial=done, desc="online", disable=not total) as bar:
-        while state["updates"] < cfg.offline_updates + total:
-            state["scores"].pop("final", None)                                 # of a run that was shorter
+        while state["updates"] < planned_updates(cfg):
+            state["scores"].pop("final", None)                         # of a run that was shorter
             run.score_on_the_way()
-            if state["updates"] == cfg.offline_updates + state["episodes"] * cfg.updates_per_episode:
+            done = state["updates"] - cfg.offline_updates
+            if done == state["episodes"] * cfg.updates_per_episode:
                 collect_online(run)
             run.update(bar, "online")
-    if state["updates"] == cfg.offline_updates:
+    if not total:
         state["scores"]["final"] = state["scores"]["offline"]
     run.score("final", cfg.final_episodes)
     run.save()
 
 
-def rollout(cfg, env, policy, seed, sample=False):
-    """One episode -> dict of image, action, reward, terminal as on disk, and success (at any step).
-
-    `sample`: latents and actions are drawn, from a generator of the episode's own; else the means
-    act.
-    """
-    own = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    generator = torch.Generator().manual_seed(own) if sample else None
-    image, carried = env.reset(seed), None
-    episode = {"image": [image], "action": [], "reward": [], "terminal": False, "success": False}
-    for _ in range(cfg.episode_steps):
-        a, carried = policy.act(image, carried, generator)
-        image, reward, episode["terminal"], over, success = env.step(a)
-        episode["image"].append(image), episode["action"].append(a), episode["reward"].append(reward)
-        episode["success"] |= success
-        exit_if_asked()
-        if over:                                                     # SHARP: over, not terminal: time limit
-            break
-    return episode
-
-
-class RolloutWorkers:
-    """Processes that play episodes, each with a simulator and a policy of its own, on one CPU core.
-
-    Simulation and software rendering use one core; with several workers demonstrations and
-    evaluations use all of them. With one worker all is played here, in this process.
-    """
-
-    def __init__(self, cfg, env):
-        self.cfg, self.env, self.pool = cfg, env, None
-        if cfg.workers > 1:
-            context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(cfg.workers, context, init_worker, (cfg,))
-            for _ in range(cfg.workers):                             # start them now: it takes seconds
-                self.pool.submit(os.getpid)
-
-    def play(self, policy, seeds, sample):
-        """Begin a `rollout` per seed with the policy's present weights; returns their results,
-        lazily.
-
-        Without processes they are played when asked for: the policy must not change before that.
-        """
-        if self.pool is None:
-            return (rollout(self.cfg, self.env, policy, seed, sample) for seed in seeds)
-        weights = {name: value.cpu().numpy().copy() for name, value in policy.state_dict().items()
-                   if not name.startswith(policy.idle)}
-        with self.alive():
-            futures = [self.pool.submit(play_here, weights, seed, sample) for seed in seeds]
-        return (self.result(future) for future in futures)
-
-    def each(self, function, items):
-        """function(cfg, env, item) for each item, in order: in the processes, or here when asked
-        for."""
-        if self.pool is None:
-            return (function(self.cfg, self.env, item) for item in items)
-        with self.alive():
-            futures = [self.pool.submit(call_here, function, item) for item in items]
-        return (self.result(future) for future in futures)
-
-    def result(self, future):
-        with self.alive():
-            return future.result()
-
-    @contextlib.contextmanager
-    def alive(self):
-        """Raises EpisodeError where a process has died."""
-        try:
-            yield
-        except BrokenExecutor:
-            exit_if_asked()                                          # the signal went to all of them
-            raise EpisodeError("a process that plays episodes died (out of memory?); repeat the command with "
-                                 "--workers 1: it continues from the last checkpoint") from None
-
-    def started(self):
-        """Wait until a process is there. Raises UserError where they cannot start, before anything
-        is trained."""
-        try:
-            return self.pool and self.pool.submit(os.getpid).result()
-        except BrokenExecutor:
-            raise UserError("the processes that play episodes do not start (their message, if any, is "
-                            "above); each imports the script that called moto.main: there the call needs "
-                            "`if __name__ == \"__main__\":` above it, and what it registers does not; or use "
-                            "--workers 1") from None
-
-    def peak_memory_gb(self):
-        """Of the processes together: one's, times their number; None where it cannot be had."""
-        if self.pool is None:
-            return 0.0
-        with contextlib.suppress(UserError, BrokenExecutor):
-            one = self.result(self.pool.submit(peak_memory_gb))
-            return one and self.cfg.workers * one
-
-    def close(self):
-        if self.pool:
-            self.pool.shutdown(cancel_futures=True)
-
-
-worker = {}                          # in a rollout worker's process: cfg, and then env and policy
-
-
-def init_worker(cfg):
-    """The start of a rollout worker's process. It ends with its parent, even where that was
-    killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                     # Ctrl-C is the parent's to handle
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    torch.set_num_threads(1)
-    worker["cfg"] = cfg
-    try:
-        env = make_env(cfg)
-    except UserError as trouble:                                       # a task that only the parent knows
-        print(f"moto: in a process that plays episodes: {trouble}", file=sys.stderr, flush=True)
-        os._exit(2)
-    agent = make_agent(dataclasses.replace(cfg, device="cpu"), env.action_size, env.terminates, "cpu")
-    worker.update(env=env, policy=agent.ema_policy)
-
-
-def play_here(weights, seed, sample):
-    policy = worker["policy"]
-    policy.load_state_dict(policy.state_dict() | {name: torch.from_numpy(v) for name, v in weights.items()})
-    return rollout(worker["cfg"], worker["env"], worker["policy"], seed, sample)
-
-
-def call_here(function, item):
-    return function(worker["cfg"], worker["env"], item)
+def planned_updates(cfg):
+    """N + U per online episode."""
+    return cfg.offline_updates + cfg.online_episodes * cfg.updates_per_episode
 
 
 def collect_online(run):
@@ -2085,51 +1588,145 @@ def collect_online(run):
     state["episodes"] += 1
     state["env_steps"] += len(episode["action"])
     run.clock("acting", started)
-    run.log({"episode": index, "episode/success": float(success), "episode/return": sum(episode["reward"])})
+    run.log({"episode": index, "episode/success": float(success),
+             "episode/return": sum(episode["reward"])})
+
+
+def rollout(cfg, env, policy, seed, sample=False):
+    """One episode -> dict of image, action, reward, terminal as on disk, and success (at any step).
+
+    `sample`: latents and actions are drawn, from a generator of the episode's own; else the means.
+    """
+    own = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    generator = torch.Generator().manual_seed(own) if sample else None
+    image, carried = env.reset(seed), None
+    episode = {"image": [image], "action": [], "reward": [], "terminal": False, "success": False}
+    for _ in range(cfg.episode_steps):
+        a, carried = policy.act(image, carried, generator)
+        image, reward, episode["terminal"], over, success = env.step(a)
+        for name, value in (("image", image), ("action", a), ("reward", reward)):
+            episode[name].append(value)
+        episode["success"] |= success
+        exit_if_asked()
+        if over:                                          # SHARP: over, not terminal: time limit
+            break
+    return episode
 
 
 def evaluate(cfg, workers, agent, episodes, first=0):
     """Fresh episodes from the evaluation stream -> (result, the first four episodes).
 
-    Means act: they are more exact. Where a policy that missed a grasp stands still for ever, as on
-    bin-picking, cfg.eval_sample lets it try again elsewhere.
-
     result: `success`, the share of episodes with any successful step; `return`, the discounted sum
     of rewards up to the time limit; `infinite_horizon_return`, the same as if the last reward went
     on for ever; and `value_estimate`, what the critics, who know no time limit, expected of that at
     the first image (the penalty taken off), all three in units of 1 / (1 - gamma); `episodes`; for
-    Franka Kitchen also `completed`, the mean over episodes of the most objects in place at once,
-    and `counts`, how many episodes had 0, 1, ... 4.
+    Franka Kitchen also Kitchen.score.
     """
-    rows, values, videos, most = [], [], [], []
+    rows, values, rewards, videos, gamma = [], [], [], [], cfg.gamma
     seeds = [episode_seed(cfg, "evaluation", first + index) for index in range(episodes)]
-    played = workers.play(agent.ema_policy, seeds, sample=cfg.eval_sample)
+    played = workers.play(agent.ema_policy, seeds, sample=cfg.eval_stochastic)
     for episode in tqdm(played, total=episodes, desc="evaluation", leave=False):
-        rewards, gamma = episode["reward"], cfg.gamma
-        discounted = (1 - gamma) * sum(gamma ** t * r for t, r in enumerate(rewards))
-        beyond = 0.0 if episode["terminal"] else gamma ** len(rewards) * rewards[-1]
+        reward = episode["reward"]
+        discounted = (1 - gamma) * sum(gamma ** t * r for t, r in enumerate(reward))
+        beyond = 0.0 if episode["terminal"] else gamma ** len(reward) * reward[-1]
         rows.append((episode["success"], discounted, discounted + beyond))
-        most.append(int(max(episode["reward"])))
-        value = agent.value_estimate(episode["image"][0]) if agent.value_estimate else None
-        values += [value] if value is not None else []
+        rewards.append(reward)
+        if agent.value_estimate:
+            values.append(agent.value_estimate(episode["image"][0]))
         videos = (videos + [episode])[:4]
         exit_if_asked()
-    result = dict(zip(("success", "return", "infinite_horizon_return"), np.mean(rows, 0).tolist()))
+    names = "success", "return", "infinite_horizon_return"
+    result = dict(zip(names, np.mean(rows, 0).tolist()))
     if values:
         result["value_estimate"] = float(np.mean(values))
-    if cfg.task in Kitchen.tasks:
-        result |= {"completed": float(np.mean(most)), "counts": np.bincount(most, minlength=5).tolist()}
+    if hasattr(workers.env, "score"):
+        result |= workers.env.score(rewards)
     return result | {"episodes": episodes}, videos
 
 
-# ------------------------------------------------------------------------------------------------------------
+class RolloutWorkers:
+    """Processes that play episodes, each with a simulator and a policy of its own, on one core.
+    With one worker all is played here, in this process. Raises UserError where they do not start,
+    EpisodeError where one has died."""
+
+    def __init__(self, cfg, env):
+        self.cfg, self.env, self.pool = cfg, env, None
+        if cfg.workers > 1:
+            context = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(cfg.workers, context, init_worker, (cfg,))
+            try:
+                [one.result() for one in [self.pool.submit(os.getpid) for _ in range(cfg.workers)]]
+            except BrokenExecutor:
+                raise UserError("the processes that play episodes do not start (their message, if "
+                                "any, is above); each imports the script that called moto.main: "
+                                "there the call needs `if __name__ == \"__main__\":` above it, and "
+                                "what it registers does not; or use --workers 1") from None
+
+    def each(self, function, items):
+        """function(cfg, env, item) for each item, in order, as a generator."""
+        if self.pool is None:
+            yield from (function(self.cfg, self.env, item) for item in items)
+            return
+        try:
+            yield from self.pool.map(functools.partial(call_here, function), items)
+        except BrokenExecutor:
+            exit_if_asked()                               # the signal went to all of them
+            raise EpisodeError("a process that plays episodes died (out of memory?); repeat the "
+                               "command with --workers 1: it continues from the last checkpoint"
+                               ) from None
+
+    def play(self, policy, seeds, sample):
+        """A `rollout` per seed with the policy's present weights, as a generator."""
+        if self.pool is None:
+            return (rollout(self.cfg, self.env, policy, seed, sample) for seed in seeds)
+        weights = {name: value.cpu().numpy().copy() for name, value in policy.state_dict().items()
+                   if not name.startswith(policy.idle)}
+        return self.each(play_here, [(weights, seed, sample) for seed in seeds])
+
+    def close(self):
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+
+worker = {}                          # in a rollout worker's process: cfg, env and policy
+
+
+def init_worker(cfg):
+    """The start of a rollout worker's process. It ends with its parent, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)          # Ctrl-C is the parent's to handle
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(1)
+    worker["cfg"] = cfg
+    try:
+        env = make_env(cfg)
+    except UserError as trouble:                          # a task that only the parent knows
+        print(f"moto: in a process that plays episodes: {trouble}", file=sys.stderr, flush=True)
+        os._exit(2)
+    cpu = dataclasses.replace(cfg, device="cpu")
+    agent = make_agent(cpu, env.action_size, env.terminates, "cpu")
+    worker.update(env=env, policy=agent.ema_policy)
+
+
+def call_here(function, item):
+    return function(worker["cfg"], worker["env"], item)
+
+
+def play_here(cfg, env, item):
+    weights, seed, sample = item
+    policy = worker["policy"]
+    weights = {name: torch.from_numpy(value) for name, value in weights.items()}
+    policy.load_state_dict(policy.state_dict() | weights)
+    return rollout(cfg, env, policy, seed, sample)
+
+
+# --------------------------------------------------------------------------------------------------
 # A run: its folder, its state, its checkpoint
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def decorative(what):
-    """For what nobody should lose a run for, pictures and TensorBoard: an error inside becomes one
-    line."""
+    """For pictures, which nobody should lose a run for: an error inside becomes one line."""
     try:
         yield
     except Stopped:
@@ -2139,70 +1736,44 @@ def decorative(what):
         print(f"note: no {what} ({reason})", file=sys.stderr)
 
 
-MAY_CHANGE = {"logdir", "device", "cache", "data", "online_episodes", "eval_every", "eval_episodes",
-              "final_episodes", "save_every", "log_every", "compile", "precision", "workers"}   # on resuming
+MAY_CHANGE = {"logdir", "device", "cache", "data", "online_episodes", "eval_every", "log_every",
+              "save_every", "final_episodes", "precision", "workers"}  # on resuming
 
 
 def differences(then, now, besides=MAY_CHANGE):
-    """What differs between two configs (dicts), which may be of different versions -> {name: both
-    values}."""
-    pairs = {name: tuple(repr(config[name]) if name in config else "nothing" for config in (then, now))
+    """What differs between two configs (dicts, perhaps of two versions) -> {name: both values}."""
+    pairs = {name: tuple(repr(config[name]) if name in config else "nothing"
+                         for config in (then, now))
              for name in {**then, **now} if name not in besides}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def planned_updates(cfg):
-    """N + U per online episode."""
-    return cfg.offline_updates + cfg.online_episodes * cfg.updates_per_episode
-
-
 class Run:
     """One run: config, environment, agent, data, counters, metrics, and the checkpoint that holds
-    them.
-
-    `acting`: only what acts is read, from agent.pt, and nothing in the folder is changed.
-    """
+    them. `acting`: only what acts is read, from agent.pt, and nothing in the folder is changed."""
 
     def __init__(self, cfg, acting=False):
-        self.cfg, self.dir = cfg, Path(cfg.logdir)
-        self.checkpoint_path = self.dir / "checkpoint.pt"
-        self.previous_path = self.dir / "checkpoint.previous.pt"
-        self.agent_path = self.dir / "agent.pt"
-        self.state = {"updates": 0, "episodes": 0, "env_steps": 0, "seconds": {}, "scores": {}, "pending": []}
-        self.videos, self.board, started = None, None, time.perf_counter()
+        self.cfg, self.dir, self.videos = cfg, Path(cfg.logdir), None
+        self.state = {"updates": 0, "episodes": 0, "env_steps": 0, "seconds": {}, "scores": {},
+                      "pending": []}
+        started = time.perf_counter()
         checkpoint = None if acting else self.read_checkpoint()
-        if checkpoint:
-            self.compare_config(checkpoint["config"])
-            if checkpoint["state"]["updates"] > planned_updates(cfg):
-                raise UserError(f"{self.dir} has {checkpoint['state']['updates']} updates, more than the "
-                                f"{planned_updates(cfg)} of this budget; repeat its --online-episodes or more")
-        elif not acting and self.has_scores():
-            raise UserError(f"{self.dir} holds a run without its checkpoint: it cannot be continued; "
-                            "choose another --logdir")
         self.env = make_env(cfg)
-        self.agent = make_agent(cfg, self.env.action_size, self.env.terminates, cfg.device,
-                                compiling_pays(cfg))
+        compiled = cfg.device.startswith("cuda")          # on a CPU it takes minutes and saves 12 %
+        sizes = self.env.action_size, self.env.terminates
+        self.agent = make_agent(cfg, *sizes, cfg.device, compiled)
         self.rng = np.random.default_rng(cfg.seed)
         if acting:
             self.load_agent()
         if checkpoint:
             self.restore(checkpoint)
         self.workers = RolloutWorkers(cfg, self.env)
-        self.workers.started()
         self.clock("start", started)
 
     def clock(self, stage, started):
         """Add the time since `started` to a stage's seconds."""
-        self.state["seconds"][stage] = self.state["seconds"].get(stage, 0) + time.perf_counter() - started
-
-    def compare_config(self, then):
-        """Raise UserError, field by field, where the checkpoint's config differs from today's."""
-        changed = [f"{name} ({there} there, {here} now)" for name, (there, here) in
-                   differences(then, dataclasses.asdict(self.cfg)).items()]
-        if changed:
-            raise UserError(f"{self.dir} was made with another config: {'; '.join(changed)}; repeat its flags "
-                            "or choose another --logdir (what another version made goes on with the moto.py in "
-                            "that folder)")
+        seconds = self.state["seconds"]
+        seconds[stage] = seconds.get(stage, 0) + time.perf_counter() - started
 
     def save(self):
         """Write the checkpoint beside the old one, then rename both: at each instant one is whole.
@@ -2212,41 +1783,47 @@ class Run:
                       "numpy_rng": json.dumps(self.rng.bit_generator.state)}
         if self.agent.device.type == "cuda":
             checkpoint["cuda_rng"] = torch.cuda.get_rng_state(self.agent.device)
-        fresh = self.dir / "checkpoint.new.pt"
+        path, fresh = self.dir / "checkpoint.pt", self.dir / "checkpoint.new.pt"
         write_atomically(fresh, lambda file: torch.save(checkpoint, file))
-        if self.checkpoint_path.exists():
-            os.replace(self.checkpoint_path, self.previous_path)
-        os.replace(fresh, self.checkpoint_path)
+        if path.exists():
+            os.replace(path, self.dir / "checkpoint.previous.pt")
+        os.replace(fresh, path)
         agent = {"updates": self.state["updates"], "modules": self.agent.acting_state()}
-        write_atomically(self.agent_path, lambda file: torch.save(agent, file))
+        write_atomically(self.dir / "agent.pt", lambda file: torch.save(agent, file))
 
     def read_checkpoint(self):
-        """The newest whole checkpoint, or None. Weights only: a stranger's file runs nothing."""
-        damaged = False
-        for path in (self.checkpoint_path, self.previous_path):
+        """The newest whole checkpoint, or None where there is no run. Raises UserError on one that
+        cannot be continued with this config. Weights only: a stranger's file runs nothing."""
+        damaged = None
+        for path in (self.dir / "checkpoint.pt", self.dir / "checkpoint.previous.pt"):
             try:
-                return torch.load(path, map_location="cpu", weights_only=True)
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                break
             except FileNotFoundError:
                 continue
             except Exception as error:
-                damaged = True
-                print(f"warning: {path} is damaged ({type(error).__name__}); trying the one before",
-                      file=sys.stderr)
-        if damaged:
-            raise UserError(f"no checkpoint in {self.dir} can be read; choose another --logdir or remove it")
-
-    def load_agent(self):
-        """Set what acts from agent.pt."""
-        try:
-            agent = torch.load(self.agent_path, map_location="cpu", weights_only=True)
-            self.agent.load_acting(agent["modules"])
-            self.state["updates"] = agent["updates"]
-        except FileNotFoundError:
-            raise UserError(f"{self.dir} has no agent.pt, which a run writes with its first checkpoint; train "
-                            f"one with: python moto.py --task {self.cfg.task}") from None
-        except Exception as error:                                   # pickle, zip, another version's weights
-            raise UserError(f"{self.agent_path} cannot be used ({type(error).__name__}: {error}); it is "
-                            "damaged, or another version's: use the moto.py in that folder") from None
+                damaged = f"{path} is damaged ({type(error).__name__})"
+                print(f"warning: {damaged}; trying the one before", file=sys.stderr)
+        else:
+            rows = read_metrics(self.dir / "metrics.jsonl")
+            scored = any(row.get("evaluation") in ("offline", "final") for row in rows)
+            if damaged or scored or any((self.dir / name).exists() for name in
+                                        ("agent.pt", "result.json")):
+                damaged = damaged or f"{self.dir} holds a run without its checkpoint"
+                raise UserError(f"{damaged}: it cannot be continued; choose another --logdir or "
+                                "remove the folder")
+            return None
+        changed = [f"{name} ({there} there, {here} now)" for name, (there, here) in
+                   differences(checkpoint["config"], dataclasses.asdict(self.cfg)).items()]
+        if changed:
+            raise UserError(f"{self.dir} was made with another config: {'; '.join(changed)}; "
+                            "repeat its flags or choose another --logdir (what another version "
+                            "made goes on with the moto.py in that folder)")
+        done, planned = checkpoint["state"]["updates"], planned_updates(self.cfg)
+        if done > planned:
+            raise UserError(f"{self.dir} has {done} updates, more than the {planned} of this "
+                            "budget; repeat its --online-episodes or more")
+        return checkpoint
 
     def restore(self, checkpoint):
         """Set everything to where the checkpoint left it."""
@@ -2258,137 +1835,144 @@ class Run:
             if self.agent.device.type == "cuda" and "cuda_rng" in checkpoint:
                 torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.agent.device)
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise UserError(f"the checkpoint in {self.dir} does not fit this program ({error}); use the "
-                            "moto.py in that folder or choose another --logdir") from None
+            raise UserError(f"the checkpoint in {self.dir} does not fit this program ({error}); "
+                            "use the moto.py in that folder or choose another --logdir") from None
 
-    def has_scores(self):
-        """Whether the folder holds what a run has only once it has had a checkpoint."""
-        rows = read_metrics(self.dir / "metrics.jsonl")
-        return (self.agent_path.exists() or (self.dir / "result.json").exists()
-                or any(row.get("evaluation") in ("offline", "final") for row in rows))
-
-    def forget_later_metrics(self):
-        """Keep the lines of metrics.jsonl that are no later than the checkpoint; none where a run ended
-        before it had one. What is logged between two updates, an evaluation or an episode, may be later
-        than a checkpoint of the same update."""
-        metrics, state = self.dir / "metrics.jsonl", self.state
-        if metrics.exists():
-            rows = [row for row in read_metrics(metrics)
-                    if (state["updates"] or state["scores"]) and row["updates"] <= state["updates"]
-                    and row.get("episode", -1) < state["episodes"]
-                    and (row["updates"] < state["updates"] or row.get("evaluation", "final") in
-                         {*state["scores"], "final"})]
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_atomically(metrics, lambda file: file.write(text.encode()))
+    def load_agent(self):
+        """Set what acts from agent.pt."""
+        path = self.dir / "agent.pt"
+        try:
+            agent = torch.load(path, map_location="cpu", weights_only=True)
+            self.agent.load_acting(agent["modules"])
+            self.state["updates"] = agent["updates"]
+        except FileNotFoundError:
+            raise UserError(f"{self.dir} has no agent.pt, which a run writes with its first "
+                            f"checkpoint; train one with: python moto.py --task {self.cfg.task}"
+                            ) from None
+        except Exception as error:                        # pickle, zip, another version's weights
+            raise UserError(f"{path} cannot be used ({type(error).__name__}: {error}); it is "
+                            "damaged, or another version's: use the moto.py in that folder"
+                            ) from None
 
     def open_data(self):
         """Bring offline and, on resuming, online episodes into memory. Raises UserError where they
         have no room, and where the offline ones are not those that the run began with."""
-        cfg, started, shape = self.cfg, time.perf_counter(), (self.cfg.image_size, self.env.action_size)
-        most = max(cfg.online_episodes, self.state["episodes"])     # one may be ahead of its updates
+        cfg, started, action_size = self.cfg, time.perf_counter(), self.env.action_size
+        most = max(cfg.online_episodes, self.state["episodes"])        # one may be ahead
         space = most * (cfg.episode_steps + 1)
         scripted = 0 if cfg.data else cfg.demos * (cfg.episode_steps + 1)
-        check_memory(cfg, self.env.action_size, scripted + space)           # before they are made
+        check_memory(cfg, action_size, scripted + space)               # before they are made
         paths = offline_paths(cfg, self.workers)
         steps = sum(map(count_steps, paths))
-        check_memory(cfg, self.env.action_size, steps + space)               # before they are read
-        self.replay, digest, rewards = Replay(steps + space, *shape, cfg.device), hashlib.sha256(), []
-        for path in paths:                                                   # one at a time: held once
-            episode = load_episode(path, *shape)
+        check_memory(cfg, action_size, steps + space)                  # before they are read
+        self.replay = Replay(steps + space, cfg.image_size, action_size, cfg.device)
+        digest, rewards = hashlib.sha256(), []
+        for path in paths:                                             # one at a time: held once
+            episode = load_episode(path, cfg.image_size, action_size)
             self.replay.add(episode, is_demo=progress_mask(cfg, episode["reward"]))
             for name in ("image", "action", "reward", "terminal"):
                 digest.update(np.ascontiguousarray(episode[name]))
             rewards.append(episode["reward"])
         if cfg.reward_head == "bernoulli" and not np.isin(np.concatenate(rewards), (0, 1)).all():
-            raise UserError("a reward in the offline data is neither 0 nor 1; use --reward-head normal")
+            raise UserError("a reward in the offline data is neither 0 nor 1; use --reward-head "
+                            "normal")
         if steps < cfg.length:
-            raise UserError(f"the offline data has {steps} steps, fewer than one sequence; lower --length")
+            raise UserError(f"the offline data has {steps} steps, fewer than one sequence; lower "
+                            "--length")
         if self.state.setdefault("data", digest.hexdigest()) != digest.hexdigest():
-            raise UserError(f"the offline data is not what {self.dir} began with; give it the --data or "
-                            "--cache of then (made on another machine: --data with that cache's folder), "
-                            "or choose another --logdir")
+            raise UserError(f"the offline data is not what {self.dir} began with; give it the "
+                            "--data or --cache of then (made on another machine: --data with that "
+                            "cache's folder), or choose another --logdir")
         peak = max(reward.max() for reward in rewards)
-        best = [reward for reward in rewards if 0 < reward.max() == peak]
-        self.demo_threshold = min((episode_score(cfg, reward)[0] for reward in best), default=math.inf)
+        self.demo_threshold = min((episode_score(cfg, reward)[0] for reward in rewards
+                                   if 0 < reward.max() == peak), default=math.inf)
         for index in range(self.state["episodes"]):
             self.add_online(index)
         self.clock("demonstrations", started)
 
     def add_online(self, index):
         """Bring a saved online episode into memory. DEPARTURE: one that is as good as the worst
-        demonstration with the largest reward also joins the offline data, and with it the behaviour
-        prior, up to `demo_tail` steps beyond its peak, as they do. (With slow successes the prior
-        learns to hesitate and to miss; what is less than was shown has nothing to teach it.)"""
-        episode = load_episode(self.episode_path(index), self.cfg.image_size, self.env.action_size)
-        start = self.replay.add(episode, False, "online")
-        worth, peak = episode_score(self.cfg, episode["reward"])
-        if self.cfg.imitate_success and worth >= self.demo_threshold:
-            self.replay.join(start, progress_mask(self.cfg, episode["reward"][:peak + 1 + self.cfg.demo_tail]))
+        demonstration with the largest reward also joins the offline data, up to DEMO_TAIL steps
+        beyond its peak."""
+        path = self.episode_path(index)
+        episode = load_episode(path, self.cfg.image_size, self.env.action_size)
+        start, reward = self.replay.add(episode, False, "online"), episode["reward"]
+        score, peak = episode_score(self.cfg, reward)
+        if score >= self.demo_threshold:
+            self.replay.join(start, progress_mask(self.cfg, reward[:peak + 1 + DEMO_TAIL]))
 
     def episode_path(self, index):
         return self.dir / "episodes" / f"{index:05d}.npz"
 
     def close(self):
-        """End the rollout workers and the simulator."""
         self.workers.close()
         self.env.close()
 
     def describe(self):
-        """Write config.json (config, versions, device, git state) and a copy of the program."""
+        """Write config.json (config, versions, device, git state) and copies of the source: this
+        file, the agent's and the environment's."""
         def git(*words):
-            folder = Path(__file__).parent
-            return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True).stdout.strip()
+            return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True,
+                                  text=True).stdout.strip()
         commit = git("rev-parse", "HEAD") if shutil.which("git") else ""
         versions = {"python": platform.python_version()}
         for name in ("torch", "numpy", "mujoco", "metaworld", "gymnasium"):
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions[name] = importlib.metadata.version(name)
+        dirty = {"commit": commit, "dirty": bool(git("status", "--porcelain"))} if commit else None
         write_json(self.dir / "config.json", {
-            "config": dataclasses.asdict(self.cfg), "versions": versions, "device": machine(self.cfg.device),
-            "environment": self.env.describe(),
-            "git": {"commit": commit, "dirty": bool(git("status", "--porcelain"))} if commit else None})
-        for source in {Path(__file__).resolve(), PROGRAM}:
-            write_atomically(self.dir / source.name, lambda file: file.write(source.read_bytes()))
-        if importlib.util.find_spec("tensorboard"):
-            with decorative("TensorBoard events"):
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(self.dir)
+            "config": dataclasses.asdict(self.cfg), "versions": versions,
+            "device": machine(self.cfg.device), "environment": self.env.describe(), "git": dirty})
+        for source in {__file__, *map(inspect.getfile, (type(self.agent), type(self.env)))}:
+            text = Path(source).read_bytes()
+            write_atomically(self.dir / Path(source).name, lambda file: file.write(text))
+
+    def forget_later_metrics(self):
+        """Keep the lines of metrics.jsonl that are no later than the checkpoint. SHARP: what is
+        logged between two updates, an evaluation or an episode, may be later than a checkpoint of
+        the same update."""
+        path, state = self.dir / "metrics.jsonl", self.state
+        if not path.exists():
+            return
+        begun, kept = state["updates"] or state["scores"], []
+        for row in read_metrics(path) if begun else ():
+            scored = row.get("evaluation", "final") in {*state["scores"], "final"}
+            played = row.get("episode", -1) < state["episodes"]
+            if row["updates"] < state["updates"] or (
+                    row["updates"] == state["updates"] and scored and played):
+                kept.append(json.dumps(row) + "\n")
+        write_atomically(path, lambda file: file.write("".join(kept).encode()))
 
     def log(self, row):
-        """Append a line to metrics.jsonl (and TensorBoard, where it is installed)."""
+        """Append a line to metrics.jsonl."""
         counters = {name: self.state[name] for name in ("updates", "env_steps")}
         row = counters | {"seconds": round(sum(self.state["seconds"].values()), 2)} | row
         try:
             with open(self.dir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {self.dir}/metrics.jsonl ({error}); free some disk space and repeat "
-                            "the command: it continues from the last checkpoint") from None
-        board, self.board = self.board, None                         # an error is told once
-        with decorative("TensorBoard events"):
-            for name, value in row.items() if board else ():
-                if isinstance(value, (int, float)):
-                    board.add_scalar(name, value, self.state["updates"])
-            self.board = board
+            raise UserError(f"cannot write {self.dir}/metrics.jsonl ({error}); free some disk "
+                            "space and repeat the command: it continues from the last checkpoint"
+                            ) from None
 
     def update(self, bar, stage):
-        """The one update of both phases: sample, learn, count, log, save, and stop here if
-        asked."""
+        """The update of both phases: sample, learn, count, log, save, and stop here if asked."""
         cfg, started, n = self.cfg, time.perf_counter(), self.state["updates"] + 1
         try:
             metrics = self.agent.update(sample_batch(cfg, self.rng, self.replay))
         except FloatingPointError as error:
-            raise UserError(f"{error} at update {n}; lower --model-lr, --actor-lr and --critic-lr or use "
-                            f"--precision float32: the last good checkpoint is kept, in {self.dir}") from None
+            raise UserError(f"{error} at update {n}; lower --model-lr, --actor-lr and --critic-lr "
+                            "or use --precision float32: the last good checkpoint is kept, in "
+                            f"{self.dir}") from None
         self.state["updates"] = n
         self.clock(stage, started)
         pending = self.state["pending"]
         pending.append(metrics)
         if n % cfg.log_every == 0:
             self.log({name: sum(m[name] for m in pending) / len(pending) for name in metrics})
-            shown = {"model/image", "actor/value", "actor/behaviour_nll"} & metrics.keys()
-            bar.set_postfix({name.split("/")[1]: f"{metrics[name]:.3g}" for name in sorted(shown)})
             pending.clear()
+            shown = sorted({"model/image", "actor/value", "actor/behaviour_nll"} & metrics.keys())
+            bar.set_postfix({name.split("/")[1]: f"{metrics[name]:.3g}" for name in shown})
         if n % cfg.save_every == 0:
             self.save()
         bar.update()
@@ -2401,31 +1985,26 @@ class Run:
             result, self.videos = evaluate(self.cfg, self.workers, self.agent, episodes)
             self.clock("evaluation", started)
             self.state["scores"][name] = result
-            self.log({"evaluation": name} | {f"evaluation/{key}": value for key, value in result.items()})
+            self.log({"evaluation": name} | {f"evaluation/{k}": v for k, v in result.items()})
 
     def score_on_the_way(self):
         n = self.state["updates"]
         if n % self.cfg.eval_every == 0 and n not in (0, self.cfg.offline_updates):
-            self.score(f"update {n}", self.cfg.eval_episodes)
+            self.score(f"update {n}", max(1, self.cfg.final_episodes // 5))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pictures
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Pictures of a run
+# --------------------------------------------------------------------------------------------------
 
 def read_metrics(path):
-    """The lines of a metrics.jsonl as dicts; a half-written last line is left out, and a missing file has
+    """The lines of a metrics.jsonl as dicts, without a half-written last one; a missing file has
     none."""
     rows = []
     for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows
-
-
-def to_uint8(x):
-    """float (..., 3, P, P) around [-0.5, 0.5] -> uint8 (..., P, P, 3)."""
-    return ((x.float() + 0.5).clamp(0, 1) * 255).round().byte().movedim(-3, -1).cpu().numpy()
 
 
 def as_sequence(agent, episode):
@@ -2441,9 +2020,9 @@ def as_sequence(agent, episode):
 def open_loop(agent, episode, seen, steps):
     """Filter the first `seen` images, then predict `steps` more from the actions alone.
 
-    Returns truth and model's images, uint8 (T, P, P, 3), disagreement u (T,) in units of its mean
-    on the data (zero where images are seen) and predicted reward (T,). In each step z is the mean
-    of the K means.
+    Returns the true and the model's images, uint8 (T, P, P, 3), disagreement u (T,) in units of its
+    mean on the data (zero where images are seen) and predicted reward (T,). In each step z is the
+    mean of the K means.
     """
     model, (x, a, is_first) = agent.model, as_sequence(agent, episode)
     T = min(seen + steps, x.shape[1])
@@ -2462,8 +2041,9 @@ def open_loop(agent, episode, seen, steps):
 
 
 def figure(width, height, *shape, **kwargs):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg     # whatever backend the user has chosen
-    from matplotlib.figure import Figure                             # no pyplot: no window, no global state
+    """A matplotlib figure (inches) and its axes, without pyplot: no window, no global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
     fig = Figure((width, height), layout="constrained")
     FigureCanvasAgg(fig)
     return fig, fig.subplots(*shape, **kwargs)
@@ -2474,20 +2054,20 @@ def save_figure(fig, path):
 
 
 def draw_prediction(agent, episode, path, steps=44, every=4):
-    """prediction.png: truth, open-loop prediction, error; disagreement and reward per step.
-
-    The window is placed so that the first success, if there is one, happens in the prediction.
-    """
+    """prediction.png: truth, open-loop prediction, error; disagreement and reward per step. The
+    first success, if there is one, happens in the prediction."""
     rewards, L = np.array([0, *episode["reward"]]), len(episode["reward"])
     success = int(rewards.argmax()) if rewards.any() else L
     seen = int(np.clip(success - 2 * steps // 3, min(5, L), max(L - steps, min(5, L))))
     truth, model, u, reward = open_loop(agent, episode, seen, steps)
     shown = np.arange(max(seen - 5, 0), len(truth), every)
     error = np.abs(truth.astype(int) - model).mean(-1)
-    fig, axes = figure(max(1.05 * len(shown) + 1, 9), 6.2, 4, 1, height_ratios=[1, 1, 1, 1.7], sharex=True)
+    size = max(1.05 * len(shown) + 1, 9), 6.2
+    fig, axes = figure(*size, 4, 1, height_ratios=[1, 1, 1, 1.7], sharex=True)
     extent = shown[0] - every / 2, shown[-1] + every / 2, 0, 1
     for axis, name, images in zip(axes, ("truth", "model", "|error|"), (truth, model, error)):
-        axis.imshow(np.concatenate(images[shown], 1), "magma", vmin=0, vmax=128, extent=extent, aspect="auto")
+        strip = np.concatenate(images[shown], 1)
+        axis.imshow(strip, "magma", vmin=0, vmax=128, extent=extent, aspect="auto")
         axis.axvline(seen - 0.5, color="white", lw=2)
         axis.set(yticks=[], ylabel=name)
     t = np.arange(shown[0], len(truth))
@@ -2504,70 +2084,12 @@ def draw_prediction(agent, episode, path, steps=44, every=4):
     save_figure(fig, path)
 
 
-def all_four(cfg, env):
-    """A scripted episode of all the task's sub-tasks, as no demonstration shows it: a dict as
-    `rollout`'s."""
-    env.draw_sequence = lambda: list(env.targets)
-    try:
-        for index in range(10):
-            image, action, reward, _ = demonstrate(cfg, env, episode_seed(cfg, "evaluation", 20_000 + index))
-            if max(reward) == len(env.targets):
-                return {"image": image, "action": [np.float32(a) for a in action], "reward": reward}
-    finally:
-        del env.draw_sequence
-    raise UserError(f"10 scripted attempts at all of {cfg.task} failed in {cfg.episode_steps} steps; raise "
-                    "--episode-steps")
-
-
-@torch.no_grad()
-def draw_combination(cfg, env, agent, path, dreams=64, steps=200):
-    """combination.png, the paper's Figure 4: does the model know what it has never seen, all four
-    in place?
-
-    Above: a scripted episode of all four, filtered; the model's reward for it against the true one.
-    Below: the policy's own dreams from that first image, with the weights and the mean actions it
-    acts by: `dreams` of them, which differ in the states drawn, and frames of the most rewarded
-    one. Returns the largest predicted reward of each: {"predicted_unseen", "dreamt"}.
-    """
-    def actor(feat):
-        return TanhNormal(agent.ema_policy.actor(feat).mean, torch.full((1,), 1e-6, device=feat.device))
-
-    model, episode = agent.ema_policy.model, all_four(cfg, env)
-    x, a, is_first = as_sequence(agent, episode)
-    h, z, *_ = (v[0] for v in model.observe(x, a, is_first))
-    predicted = model.expected_reward(torch.cat([h, z], -1)).cpu()
-    dream = imagine(model, actor, h[:1].repeat(dreams, 1), z[:1].repeat(dreams, 1), steps)["feat"]
-    dreamt = model.expected_reward(dream).cpu()                      # (steps + 1, dreams)
-    best = int(dreamt.amax(0).argmax())
-    fig, axes = figure(13, 8, 4, 1, height_ratios=[1, 1.6, 1, 1.6])
-    for axis, images, title in (
-            (axes[0], to_uint8(x[0]), "a scripted episode of all four sub-tasks, as no demonstration shows it"),
-            (axes[2], to_uint8(model.decoder(dream[:, best])),
-             "the policy's most rewarded dream from that first image")):
-        shown = np.linspace(0, len(images) - 1, 12).astype(int)
-        axis.imshow(np.concatenate(images[shown], 1))
-        axis.set(xticks=(np.arange(12) + 0.5) * images.shape[2], yticks=[])
-        axis.set_xticklabels(shown), axis.set_title(title, fontsize=10)
-    axes[1].plot([0, *episode["reward"]], color="black", label="true reward: objects in place")
-    axes[1].plot(predicted, color="tab:green", label="the model's")
-    axes[3].plot(dreamt, color="tab:green", lw=0.6, alpha=0.5)
-    axes[3].plot(dreamt[:, best], color="black", label=f"the model's, in {dreams} dreams (black: this one)")
-    for axis in (axes[1], axes[3]):
-        axis.axhline(env.max_demo_reward, color="tab:red", ls=":", label="the most in any demonstration")
-        axis.set(ylim=(-0.3, 4.5), xlabel="agent step"), axis.legend(fontsize=8, loc="upper left")
-    save_figure(fig, path)
-    return {"predicted_unseen": float(predicted.max()), "dreamt": float(dreamt.max())}
-
-
 @torch.no_grad()
 def write_gif(agent, episodes, path, fps=15):
-    """eval.gif: episodes side by side, above the model's reconstructions (where there is a model)
-    from the filtered latents.
-
-    Shown until 20 steps after the last of them first earns its largest reward.
-    """
+    """Episodes side by side, above the model's reconstructions (where there is a model), until 20
+    steps after the last of them first earns its largest reward."""
     import imageio.v3 as imageio
-    shown = 20 + max(len(e["image"]) if not e["success"] else int(np.argmax(e["reward"])) for e in episodes)
+    ends = [int(np.argmax(e["reward"])) if e["success"] else len(e["image"]) for e in episodes]
     columns = []
     for episode in episodes:
         columns.append(np.stack(episode["image"]))
@@ -2577,7 +2099,7 @@ def write_gif(agent, episodes, path, fps=15):
             columns[-1] = np.concatenate([columns[-1], to_uint8(model)], 1)
     longest = max(map(len, columns))
     columns = [np.concatenate([c, np.repeat(c[-1:], longest - len(c), 0)]) for c in columns]
-    frames = np.concatenate(columns, 2)[:shown:2].repeat(2, 1).repeat(2, 2)
+    frames = np.concatenate(columns, 2)[:20 + max(ends):2].repeat(2, 1).repeat(2, 2)
     gif = imageio.imwrite("<bytes>", frames, extension=".gif", duration=2000 / fps, loop=0)
     write_atomically(path, lambda file: file.write(gif))
 
@@ -2586,50 +2108,52 @@ def running_mean(values, width=10):
     return [np.mean(values[max(0, i + 1 - width):i + 1]) for i in range(len(values))]
 
 
+CURVES = {                                                # panel: metric, line, label
+    "success rate": [
+        ("evaluation/success", "o-C0", "evaluation"),
+        ("evaluation/completed", "s--C2", "evaluation: objects in place / 4")],
+    "in units of 1 / (1 - gamma)": [
+        ("evaluation/return", "o-C0", "real return from the start"),
+        ("evaluation/infinite_horizon_return", "o--C0", "the same, its last reward going on"),
+        ("evaluation/value_estimate", "s--C3", "the critics' estimate of it"),
+        ("actor/value", "-C4", "value of the data's states, V"),
+        ("imagined/reward", "-C2", "imagined reward per step")],
+    "losses of model (nats per step) and critics": [
+        (name, "", name) for name in ("model/image", "model/kl", "model/reward", "critic/value",
+                                      "model/continuation", "critic/real", "critic/imagined")],
+    "nats per action": [
+        ("actor/behaviour_nll", "-C5", "-ln pi(demonstrated action), Eq 13"),
+        ("actor/entropy", "-C9", "policy's entropy")]}
+
+
 def draw_curve(cfg, rows, path):
-    """curve.png of one run: success, what the agent hopes for against what it gets, and the
-    losses."""
+    """curve.png of one run: success, estimated and real return, losses, the policy."""
     def column(name):
-        return np.array([(row["updates"], row[name]) for row in rows if name in row]).reshape(-1, 2).T
+        return np.array([(r["updates"], r[name]) for r in rows if name in r]).reshape(-1, 2).T
     fig, axes = figure(11, 7, 2, 2, sharex=True)
-    (success, value), (losses, policy) = axes
     x, y = column("episode/success")
-    success.plot(x, running_mean(y), color="tab:orange", label="online episodes (sampled; mean of last 10)")
-    success.plot(*column("evaluation/success"), "o-", color="tab:blue", label="evaluation")
-    x, y = column("evaluation/completed")
-    if y.size:
-        success.plot(x, y / 4, "s--", color="tab:green", label="evaluation: objects in place / 4")
-    success.set(ylabel="success rate", ylim=(-0.03, 1.03))
-    value.plot(*column("evaluation/return"), "o-", color="tab:blue", label="real return from the start")
-    for name, style, color, label in (
-            ("evaluation/infinite_horizon_return", "o--", "tab:blue", "the same, its last reward going on"),
-            ("evaluation/value_estimate", "s--", "tab:red", "what the critics promised"),
-            ("actor/value", "-", "tab:purple", "value of the data's states, V"),
-            ("imagined/reward", "-", "tab:green", "imagined reward per step")):
-        if column(name).size:
-            value.plot(*column(name), style, color=color, label=label)
-    value.set(ylabel="in units of 1 / (1 - gamma)")
-    for name in ("model/image", "model/kl", "model/reward", "model/continuation", "critic/real",
-                 "critic/imagined", "critic/value"):
-        if column(name).size:
-            losses.plot(*column(name), label=name)
-    losses.set(yscale="log", ylabel="losses of model (nats per step) and critics", xlabel="updates")
-    policy.plot(*column("actor/behaviour_nll"), color="tab:brown", label="-ln pi(demonstrated action), Eq 13")
-    if column("actor/entropy").size:
-        policy.plot(*column("actor/entropy"), color="tab:cyan", label="policy's entropy")
-    policy.set(ylabel="nats per action", xlabel="updates")
-    for axis in axes.flat:
+    axes[0, 0].plot(x, running_mean(y), "-C1", label="online episodes (sampled; mean of last 10)")
+    for axis, (ylabel, lines) in zip(axes.flat, CURVES.items()):
+        for name, line, label in lines:
+            x, y = column(name)
+            if y.size:
+                axis.plot(x, y / 4 if name == "evaluation/completed" else y, line, label=label)
+        axis.set(ylabel=ylabel)
         axis.axvline(cfg.offline_updates, color="black", lw=0.8, ls=":")
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
-    fig.suptitle(f"{cfg.task}, {cfg.variant}, seed {cfg.seed} (dotted line: the first online episode)")
+    axes[0, 0].set(ylim=(-0.03, 1.03))
+    axes[1, 0].set(yscale="log", xlabel="updates")
+    axes[1, 1].set(xlabel="updates")
+    fig.suptitle(f"{cfg.task}, {cfg.variant}, seed {cfg.seed} (dotted line: the first online "
+                 "episode)")
     save_figure(fig, path)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 CONFIG = {f.name for f in dataclasses.fields(Config)}
 
@@ -2686,24 +2210,27 @@ def check_use(commands, given):
 
 def build_config(**given):
     """Config: explicit values over the variant's over the task's over the preset's over the
-    defaults. Raises UserError."""
+    defaults. Raises UserError on what cannot work."""
     if given.get("variant") in BASELINES and given["variant"] not in VARIANTS:
         raise UserError(f"the variant {given['variant']} lives in experiments/baselines.py; repeat "
-                        "the command with python experiments/baselines.py in place of python moto.py")
-    for name, known in (("preset", [*PRESETS, "auto"]), ("variant", [*VARIANTS])):
-        if given.setdefault(name, known[-1] if name == "preset" else known[0]) not in known:
+                        "the command with python experiments/baselines.py in place of moto.py")
+    for name, known in (("preset", ["auto", *PRESETS]), ("variant", [*VARIANTS])):
+        if given.setdefault(name, known[0]) not in known:
             raise UserError(f"unknown {name} {given[name]!r}; {nearest(given[name], known)}")
     if given.get("device", "auto") == "auto":
         given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    gpu = given["device"].startswith("cuda")
     if given["preset"] == "auto":
-        given["preset"] = "paper" if given["device"].startswith("cuda") else "laptop"
-    task = TASKS[given["preset"]].get(given.get("task"), {})
-    cfg = Config(**(PRESETS[given["preset"]] | task | VARIANTS[given["variant"]] | given))
+        given["preset"] = "paper" if gpu else "laptop"
+    preset, task = given["preset"], given.get("task")
+    task = TASKS[preset].get(task, {}) | TUNED[preset].get(task, {})
+    cfg = Config(**(PRESETS[preset] | task | VARIANTS[given["variant"]] | given))
     if cfg.precision == "auto":
-        cfg.precision = "bfloat16" if cfg.device.startswith("cuda") or bfloat16_pays() else "float32"
+        cfg.precision = "bfloat16" if gpu or bfloat16_pays() else "float32"
     cfg.workers = cfg.workers or min(8, cores())
     if cfg.reward_head == "auto":
-        cfg.reward_head = "normal" if cfg.task.startswith(("gym:", "kitchen-")) else "bernoulli"
+        sparse = not cfg.task.startswith(("gym:", "kitchen-"))
+        cfg.reward_head = "bernoulli" if sparse else "normal"
     cfg.logdir = cfg.logdir or f"runs/{run_name(cfg.task, cfg.variant, cfg.seed)}"
     for name in ("logdir", "data", "cache"):
         setattr(cfg, name, os.path.expanduser(getattr(cfg, name)))
@@ -2711,30 +2238,18 @@ def build_config(**given):
     return cfg
 
 
-def medians(calls, repeat, device):
-    """Time each of a dict of calls `repeat` times, taking turns, so that a busy moment of the
-    machine hits all of them alike -> dict of the median seconds."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    timings = {name: [] for name in calls}
-    for _ in range(repeat):
-        for name, call in calls.items():
-            wait()
-            started = time.perf_counter()
-            call()
-            wait()
-            timings[name].append(time.perf_counter() - started)
-    return {name: float(np.median(values)) for name, values in timings.items()}
-
-
 @functools.cache
 def bfloat16_pays():
     """Whether this processor multiplies matrices clearly faster in bfloat16 than in float32, by a
     trial of a fifth of a second: some have the instructions and are slower with them."""
-    squares = [torch.ones(512, 512).to(kind) for kind in (torch.bfloat16, torch.float32)]
-    calls = {n: (lambda m: lambda: m @ m)(m) for n, m in enumerate(squares)}
-    medians(calls, 2, "cpu")
-    short, full = medians(calls, 7, "cpu").values()
-    return full > 1.3 * short
+    squares = [torch.ones(512, 512, dtype=kind) for kind in (torch.bfloat16, torch.float32)]
+    seconds = []
+    for _ in range(9):                                    # taking turns
+        for square in squares:
+            started = time.perf_counter()
+            square @ square
+            seconds.append(time.perf_counter() - started)
+    return np.median(seconds[5::2]) > 1.3 * np.median(seconds[4::2])
 
 
 def run_name(task, variant, seed):
@@ -2747,21 +2262,8 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def can_compile(cfg):
-    """Whether torch.compile finds its tools: a C++ compiler and, for a GPU, Triton."""
-    compilers = os.environ.get("CXX", "g++"), "clang++", "cl"
-    triton = not cfg.device.startswith("cuda") or importlib.util.find_spec("triton") is not None
-    return triton and any(map(shutil.which, compilers))
-
-
-def compiling_pays(cfg):
-    """torch.compile takes one or two minutes on a CPU and saves an eighth of each update."""
-    return cfg.compile and can_compile(cfg) and (cfg.device.startswith("cuda") or planned_updates(cfg) >= 5000)
-
-
 def within(value, interval):
-    """Whether a number lies in an interval such as "[0, 1)": bounds in square brackets belong to
-    it."""
+    """Whether a number lies in an interval such as "[0, 1)"."""
     low, high = map(float, interval[1:-1].split(","))
     bounds = [low] * (interval[0] == "[") + [high] * (interval[-1] == "]")
     return low < value < high or value in bounds
@@ -2769,28 +2271,32 @@ def within(value, interval):
 
 def check_config(cfg):
     """Raise UserError on a value that cannot work, naming the flag."""
-    rules = [(f.name, within(getattr(cfg, f.name), f.metadata["allowed"]), f"in {f.metadata['allowed']}")
+    rules = [(f.name, within(getattr(cfg, f.name), f.metadata["allowed"]),
+              f"in {f.metadata['allowed']}")
              for f in dataclasses.fields(cfg) if f.metadata["allowed"]]
-    rules += [("frames", cfg.frames < cfg.length, "smaller than --length"),
-              ("image_size", cfg.image_size % 16 == 0, "a multiple of 16"),
+    rules += [("image_size", cfg.image_size % 16 == 0, "a multiple of 16"),
               ("precision", cfg.precision in ("float32", "bfloat16"), "auto, float32 or bfloat16"),
-              ("reward_head", cfg.reward_head in ("bernoulli", "normal"), "auto, bernoulli or normal")]
+              ("reward_head", cfg.reward_head in ("bernoulli", "normal"),
+               "auto, bernoulli or normal")]
     for name, fine, rule in rules:
         if not fine:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)!r} but must be {rule}")
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is {getattr(cfg, name)!r} but must be {rule}")
     kind, _, index = cfg.device.partition(":")
     if kind not in ("cpu", "cuda") or kind == "cpu" and index or not (index or "0").isdigit():
-        raise UserError(f"--device {cfg.device} is none that this program knows; use cpu, cuda or cuda:1")
+        raise UserError(f"--device {cfg.device} is none that this program knows; use cpu, cuda or "
+                        "cuda:1")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {cfg.device}: torch sees {torch.cuda.device_count() or 'no'} GPU; use "
-                        "--device cpu or a CUDA build of torch")
+        raise UserError(f"--device {cfg.device}: torch sees {torch.cuda.device_count() or 'no'} "
+                        "GPU; use --device cpu or a CUDA build of torch")
 
 
 def train(cfg):
     """The main job: demonstrations, pretrain, finetune, result.json, pictures."""
-    with lock(Path(cfg.logdir)):
-        for partial in Path(cfg.logdir).glob("*.[0-9]*.partial"):  # of a process that died while writing
-            if not partial.name.startswith("evaluate"):            # which --evaluate may be writing now
+    folder = Path(cfg.logdir)
+    with lock(folder):
+        for partial in folder.glob("*.[0-9]*.partial"):   # of a process that died while writing
+            if not partial.name.startswith("evaluate"):   # which --evaluate may be writing now
                 partial.unlink()
         run = Run(cfg)
         try:
@@ -2811,94 +2317,90 @@ def train(cfg):
 
 def announce(run):
     """Print what will be trained, where, and how it differs from what its names say."""
-    cfg = run.cfg
-    published = TASKS["paper"].get(cfg.task, PRESETS["paper"])["episode_steps"]
-    print(f"{cfg.task}, {cfg.variant}, seed {cfg.seed}, preset {cfg.preset} (episodes of "
-          f"{cfg.episode_steps} steps; the paper's: {published}), {cfg.device}, {cfg.precision}, "
-          f"renderer: {run.env.describe().get('renderer', 'its own')} -> {run.dir}")
+    cfg, updates = run.cfg, run.state["updates"]
+    print(f"{cfg.task}, {cfg.variant}, seed {cfg.seed}, preset {cfg.preset}, {cfg.device}, "
+          f"{cfg.precision}, renderer: {run.env.describe().get('renderer', 'its own')} -> {run.dir}"
+          + f"; continuing at update {updates}" * bool(updates))
     changed = [f"{name} {getattr(cfg, name)} for its {value}" for name, value in
                VARIANTS[cfg.variant].items() if getattr(cfg, name) != value]
     if changed:
         print(f"note: this is {cfg.variant} with {', '.join(changed)}")
-    if run.state["updates"]:
-        print(f"continuing at update {run.state['updates']}, online episode {run.state['episodes']}")
 
 
 def lock(folder):
     """An open file that keeps other processes from training in this folder, which is made if need
-    be: before anything else in it is touched. Raises UserError where one does, and where the folder
-    cannot be written to."""
+    be. Raises UserError where one does, and where the folder cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a")
     except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error}); choose a --logdir that can be written "
-                        "to") from None
-    with contextlib.suppress(ImportError):                         # Windows
+        raise UserError(f"cannot write to {folder} ({error}); choose a --logdir that can be "
+                        "written to") from None
+    with contextlib.suppress(ImportError):                # Windows
         import fcntl
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is training in {folder}; wait for it, or choose another "
-                            "--logdir") from None
-        except OSError as error:                                   # a network's file system, as a rule
-            print(f"note: {folder} cannot be locked ({error}): see to it that one process trains there",
-                  file=sys.stderr)
+            raise UserError(f"another process is training in {folder}; wait for it, or choose "
+                            "another --logdir") from None
+        except OSError as error:                          # a network's file system, as a rule
+            print(f"note: {folder} cannot be locked ({error}): see to it that one process trains "
+                  "there", file=sys.stderr)
     return file
 
 
 def finish(run):
     """result.json of a finished run, then its pictures."""
-    cfg = run.cfg
-    offline, final = run.state["scores"]["offline"], run.state["scores"]["final"]
-    seconds = {stage: round(value, 1) for stage, value in run.state["seconds"].items()}
-    peaks = [peak_memory_gb(), run.workers.peak_memory_gb()]
+    cfg, state = run.cfg, run.state
+    offline, final = state["scores"]["offline"], state["scores"]["final"]
+    seconds = {stage: round(value, 1) for stage, value in state["seconds"].items()}
+    kitchen = {f"{name}_{key}": score[key] for key in ("completed", "counts")
+               for name, score in (("offline", offline), ("final", final)) if key in score}
     write_json(run.dir / "result.json", {
         "task": cfg.task, "variant": cfg.variant, "seed": cfg.seed, "preset": cfg.preset,
         "offline_success": offline["success"], "final_success": final["success"],
         "offline_return": offline["return"], "final_return": final["return"],
-        "eval_episodes": final["episodes"],
-        **{f"{name}_{key}": score[key] for key in ("completed", "counts")
-           for name, score in (("offline", offline), ("final", final)) if key in score},
-        "updates": run.state["updates"], "env_steps": run.state["env_steps"],
+        "eval_episodes": final["episodes"], **kitchen,
+        "updates": state["updates"], "env_steps": state["env_steps"],
         "wall_seconds": seconds | {"total": round(sum(seconds.values()), 1)}, "device": cfg.device,
-        "peak_memory_gb": None if None in peaks else round(sum(peaks), 2),
-        "gpu_memory_gb": gpu_memory_gb(cfg.device)})
-    print(f"success offline {offline['success']:.0%}, final {final['success']:.0%} (over {final['episodes']} "
-          f"fresh episodes) in {sum(seconds.values()) / 60:.1f} minutes; pictures and weights: {run.dir}")
+        "peak_memory_gb": peak_memory_gb(), "gpu_memory_gb": gpu_memory_gb(cfg.device)})
+    print(f"success offline {offline['success']:.0%}, final {final['success']:.0%} (over "
+          f"{final['episodes']} fresh episodes) in {sum(seconds.values()) / 60:.1f} minutes; "
+          f"pictures and weights: {run.dir}")
     with decorative("curve.png"):
         draw_curve(cfg, read_metrics(run.dir / "metrics.jsonl"), run.dir / "curve.png")
     with decorative("pictures of episodes"):
-        if run.videos is None:                                         # resumed after the last evaluation
+        if run.videos is None:                            # resumed after the last evaluation
             _, run.videos = evaluate(cfg, run.workers, run.agent, min(4, cfg.final_episodes))
         write_gif(run.agent, run.videos, run.dir / "eval.gif")
         if isinstance(run.agent, MOTO):
-            shown = max(run.videos, key=lambda episode: episode["success"])      # the first, if any
+            shown = max(run.videos, key=lambda episode: episode["success"])    # the first, if any
             draw_prediction(run.agent, shown, run.dir / "prediction.png")
-    if isinstance(run.agent, MOTO) and cfg.task in Kitchen.tasks:
+    if isinstance(run.agent, MOTO) and hasattr(run.env, "draw"):
         with decorative("combination.png"):
-            draw_combination(cfg, run.env, run.agent, run.dir / "combination.png")
+            run.env.draw(run, run.dir / "combination.png")
 
 
 def machine(device):
     """The name of the GPU, or of the processor with the number of cores."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
+    name = platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-        return f"{cores()} cores of {name} ({torch.backends.cpu.get_cpu_capability()})"
-    return f"{cores()} CPU cores, {platform.machine()}"
+    return f"{cores()} cores of {name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def gpu_memory_gb(device):
     """The most GPU memory that tensors held at once, in GiB; zero on a CPU."""
-    return round(torch.cuda.max_memory_allocated(device) / 2 ** 30, 2) if device.startswith("cuda") else 0.0
+    if not device.startswith("cuda"):
+        return 0.0
+    return round(torch.cuda.max_memory_allocated(device) / 2 ** 30, 2)
 
 
 def peak_memory_gb():
-    """The largest resident memory this process ever had, in GiB; None on Windows, which does not
-    tell."""
+    """The largest resident memory this process ever had, in GiB; None on Windows."""
     with contextlib.suppress(ImportError):
         import resource
         unit = 2 ** 20 if sys.platform.startswith("linux") else 2 ** 30
@@ -2912,32 +2414,30 @@ def open_run(logdir, **given):
     try:
         config = json.loads((Path(logdir) / "config.json").read_text())["config"]
         if config.keys() != CONFIG:
-            raise UserError(f"{logdir} was made by another version of this program, whose config has not "
-                            f"the same fields ({', '.join(sorted(config.keys() ^ CONFIG))}); use the "
-                            "moto.py in that folder")
+            other = ", ".join(sorted(config.keys() ^ CONFIG))
+            raise UserError(f"{logdir} was made by another version of this program, whose config "
+                            f"has other fields ({other}); use the moto.py in that folder")
         here = {"logdir": logdir, "device": "auto", "workers": min(config["workers"], cores())}
         cfg = build_config(**config | here | given)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{logdir} is no run folder ({error}); --evaluate takes a run's --logdir") from None
+        raise UserError(f"{logdir} is no run folder ({error}); --evaluate takes a run's --logdir"
+                        ) from None
     return Run(cfg, acting=True)
 
 
-def evaluate_run(logdir, episodes, **given):
+def evaluate_run(logdir, episodes=None, **given):
     """--evaluate: score the agent in a run's folder on episodes no run has seen, print JSON; write
-    evaluate.gif and, for Franka Kitchen, evaluate-combination.png beside what the run itself
-    left."""
+    evaluate.gif and, for Franka Kitchen, evaluate-combination.png."""
     run = open_run(logdir, **given)
     try:
-        cfg = run.cfg
-        result, videos = evaluate(cfg, run.workers, run.agent, episodes or cfg.final_episodes, first=10_000)
-        gif, combination = run.dir / "evaluate.gif", run.dir / "evaluate-combination.png"
-        with decorative(gif.name):
-            write_gif(run.agent, videos, gif)
-            print(f"wrote {gif}", file=sys.stderr)
-        if cfg.task in Kitchen.tasks and isinstance(run.agent, MOTO):
-            with decorative(combination.name):
-                result |= draw_combination(cfg, run.env, run.agent, combination)
-                print(f"wrote {combination}", file=sys.stderr)
+        cfg, episodes = run.cfg, episodes or run.cfg.final_episodes
+        result, videos = evaluate(cfg, run.workers, run.agent, episodes, first=10_000)
+        with decorative("evaluate.gif"):
+            write_gif(run.agent, videos, run.dir / "evaluate.gif")
+            print(f"wrote {run.dir / 'evaluate.gif'}", file=sys.stderr)
+        if isinstance(run.agent, MOTO) and hasattr(run.env, "draw"):
+            with decorative("evaluate-combination.png"):
+                result |= run.env.draw(run, run.dir / "evaluate-combination.png")
     finally:
         run.close()
     print(json.dumps({"task": cfg.task, "variant": cfg.variant, "seed": cfg.seed,
@@ -2958,7 +2458,7 @@ def signals_wait():
         if stop_requested["signal"]:
             raise KeyboardInterrupt
         stop_requested["signal"] = number
-        os.write(2, b"\nmoto: stopping after this step; Ctrl-C again: at once\n")     # print is not safe here
+        os.write(2, b"\nmoto: stopping after this step; Ctrl-C again: at once\n")    # no print here
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -2974,7 +2474,7 @@ def exit_code(command, argv=None):
         os._exit(2)    # a rollout worker imports a script that calls this unguarded: it says so
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no error
+            stream.reconfigure(errors="backslashreplace")  # what cannot be shown is no error
     with signals_wait():
         try:
             command(argv)

@@ -45,14 +45,13 @@ class IQL(moto.Agent):
 
     def __init__(self, cfg, action_size, terminates, device, compiled=False):
         super().__init__(cfg, device)
-        encoder, actor = moto.StackEncoder(cfg), moto.Actor(cfg, action_size)
-        critic = moto.Critic(cfg, action_size)
-        rates = {"encoder": cfg.actor_lr, "actor": cfg.actor_lr,
-                 "critic": cfg.critic_lr, "value": cfg.critic_lr}
-        self.prepare(rates, encoder=encoder, actor=actor,
-                     ema_policy=moto.StackPolicy(encoder, actor), critic=critic,
-                     target=copy.deepcopy(critic).requires_grad_(False),
-                     value=moto.mlp(cfg.deter + cfg.stoch, cfg.hidden, 1))
+        self.encoder, self.actor = moto.StackEncoder(cfg), moto.Actor(cfg, action_size)
+        self.ema_policy = moto.StackPolicy(self.encoder, self.actor)
+        self.critic = moto.Critic(cfg, action_size)
+        self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.value = moto.mlp(cfg.deter + cfg.stoch, cfg.hidden, 1)
+        self.prepare(encoder=cfg.actor_lr, actor=cfg.actor_lr, critic=cfg.critic_lr,
+                     value=cfg.critic_lr)
 
     def update(self, batch):
         """One step of everything; as moto.MOTO.update."""
@@ -73,13 +72,13 @@ class IQL(moto.Agent):
         value = expectile_loss(advantage / unit, self.expectile, valid)
         y = moto.critic_target(batch["r"], batch["is_terminal"], V, cfg.gamma)
         critic = moto.critic_loss(self.critic(feat[:, :-1], a), y, valid, unit)
-        worth = (self.temperature * advantage.detach()).exp().clamp(max=100)
+        advantage_weight = (self.temperature * advantage.detach()).exp().clamp(max=100)
         nll = moto.action_nll(self.actor, feat, batch["a"])
-        actor = moto.weighted_mean(worth * nll, valid)
+        actor = moto.weighted_mean(advantage_weight * nll, valid)
         return value + critic + actor, {
             "actor/behaviour_nll": moto.weighted_mean(nll, batch["bc_mask"]),
             "critic/real": critic, "critic/value": value, "actor/value": V.mean() / unit,
-            "actor/weight": moto.weighted_mean(worth, valid)}
+            "actor/weight": moto.weighted_mean(advantage_weight, valid)}
 
     @torch.no_grad()
     def value_estimate(self, image):
@@ -105,16 +104,13 @@ class CQL(moto.Agent):
 
     def __init__(self, cfg, action_size, terminates, device, compiled=False):
         super().__init__(cfg, device)
-        encoder, actor = moto.StackEncoder(cfg), moto.Actor(cfg, action_size)
-        critic = moto.Critic(cfg, action_size)
-        moto.mlp(cfg.deter + cfg.stoch, cfg.hidden, 1)     # unused: keeps the recorded runs' draws
-        log_tau = nn.ParameterList([nn.Parameter(torch.tensor(math.log(0.1)))])
-        rates = {"encoder": cfg.actor_lr, "actor": cfg.actor_lr,
-                 "critic": cfg.critic_lr, "log_tau": cfg.actor_lr}
-        self.prepare(rates, encoder=encoder, actor=actor,
-                     ema_policy=moto.StackPolicy(encoder, actor), critic=critic,
-                     target=copy.deepcopy(critic).requires_grad_(False),
-                     log_tau=log_tau)
+        self.encoder, self.actor = moto.StackEncoder(cfg), moto.Actor(cfg, action_size)
+        self.ema_policy = moto.StackPolicy(self.encoder, self.actor)
+        self.critic = moto.Critic(cfg, action_size)
+        self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_tau = nn.ParameterList([nn.Parameter(torch.tensor(math.log(0.1)))])
+        self.prepare(encoder=cfg.actor_lr, actor=cfg.actor_lr, critic=cfg.critic_lr,
+                     log_tau=cfg.actor_lr)
 
     def update(self, batch):
         """One step of everything; as moto.MOTO.update."""
@@ -129,10 +125,10 @@ class CQL(moto.Agent):
     def losses(self, feat, batch):
         """feat (B, T', F) of the stacked images, batch of (B, T', ...) -> loss, metrics."""
         cfg, a, valid, unit = self.cfg, batch["a"][:, 1:], batch["valid"], self.critic.unit
-        still, (log_tau,) = feat.detach(), self.log_tau
-        policy = self.actor(still)
-        mine, logp = policy.rsample(torch.randn_like(policy.mean))             # (B, T', A), (B, T')
-        V = (self.target(still, mine).min(0).values - log_tau.exp() * logp).detach()
+        feat_sg, (log_tau,) = feat.detach(), self.log_tau
+        policy = self.actor(feat_sg)
+        policy_action, logp = policy.rsample(torch.randn_like(policy.mean))  # (B, T', A), (B, T')
+        V = (self.target(feat_sg, policy_action).min(0).values - log_tau.exp() * logp).detach()
         y = moto.critic_target(batch["r"], batch["is_terminal"], V, cfg.gamma)
         q = self.critic(feat[:, :-1], a)
         critic, gap = moto.critic_loss(q, y, valid, unit), q.new_zeros(())
@@ -140,22 +136,23 @@ class CQL(moto.Agent):
             gap = sum(moto.weighted_mean(others - data, valid)                # in `critic`'s unit
                       for others, data in zip(self.integral(feat, policy), q)) / unit ** 2
         with moto.frozen(self.critic):
-            hope = self.critic(still, mine).min(0).values
-        actor = (log_tau.exp().detach() * logp - hope).mean() / unit
+            q_policy = self.critic(feat_sg, policy_action).min(0).values
+        actor = (log_tau.exp().detach() * logp - q_policy).mean() / unit
         balance = -log_tau * (logp.detach() - a.shape[-1]).mean()
-        nll = moto.behaviour_loss(self.actor, still, batch["a"], batch["bc_mask"])
+        nll = moto.behaviour_loss(self.actor, feat_sg, batch["a"], batch["bc_mask"])
         return critic + self.cql_weight * gap + actor + balance, {
             "actor/behaviour_nll": nll, "critic/real": critic, "critic/gap": gap * unit ** 2,
-            "actor/value": hope.mean() / unit, "actor/entropy": -logp.mean(),
+            "actor/value": q_policy.mean() / unit, "actor/entropy": -logp.mean(),
             "actor/tau": log_tau.exp()}
 
     def integral(self, feat, policy):
         """ln of the integral of exp Q(s, a) over a in [-1, 1]^A, for each critic: (2, B, T'-1)."""
         B, T, A = policy.mean.shape
         with torch.no_grad():
-            mine, logp = policy.rsample(torch.randn(self.samples, B, T, A, device=feat.device))
-            uniform = torch.rand_like(mine) * 2 - 1
-        actions = torch.cat([uniform[:, :, :-1], mine[:, :, :-1], mine[:, :, 1:]])
+            noise = torch.randn(self.samples, B, T, A, device=feat.device)
+            policy_action, logp = policy.rsample(noise)
+            uniform = torch.rand_like(policy_action) * 2 - 1
+        actions = torch.cat([uniform[:, :, :-1], policy_action[:, :, :-1], policy_action[:, :, 1:]])
         log_density = torch.cat([torch.full_like(logp[:, :, :-1], -A * math.log(2)),
                                  logp[:, :, :-1], logp[:, :, 1:]])             # (3 n, B, T'-1)
         q = self.critic(feat[:, :-1].expand(len(actions), -1, -1, -1), actions)
@@ -180,5 +177,4 @@ for name, learner in {"iql": IQL, "cql": CQL, "sac": SAC}.items():
     moto.VARIANTS[name] = {}                                         # changes no number of Config
 
 if __name__ == "__main__":
-    moto.PROGRAM = Path(__file__).resolve()                          # each run keeps a copy of it
     sys.exit(moto.main())

@@ -23,7 +23,21 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import moto
-from moto import medians
+
+
+def medians(calls, repeat, device):
+    """Time each of a dict of calls `repeat` times, taking turns, so that a busy moment of the
+    machine hits all of them alike -> dict of the median seconds."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    timings = {name: [] for name in calls}
+    for _ in range(repeat):
+        for name, call in calls.items():
+            wait()
+            started = time.perf_counter()
+            call()
+            wait()
+            timings[name].append(time.perf_counter() - started)
+    return {name: float(np.median(values)) for name, values in timings.items()}
 
 
 def flops(call):
@@ -70,9 +84,9 @@ def bench_forms(cfg, repeat=15):
     """Updates per second and share of the measured peak, of the plain float32 form, of this config
     without compiling, and of it compiled. Their updates take turns. Returns operations per update,
     and the rows."""
-    plain = dataclasses.replace(cfg, precision="float32", compile=False)
+    plain = dataclasses.replace(cfg, precision="float32")
     forms, calls, start = {"plain": (plain, False), "eager": (cfg, False)}, {}, {}
-    if cfg.compile and moto.can_compile(cfg):
+    if cfg.device.startswith("cuda"):
         forms["compiled"] = cfg, True
     for name, (form, compiled) in forms.items():
         started = time.perf_counter()
@@ -111,7 +125,7 @@ def bench_parts(cfg, repeat=10):
 
     def optimisers():
         for name, optimiser in agent.optimisers.items():
-            nn.utils.clip_grad_norm_(agent.modules[name].parameters(), cfg.grad_clip)
+            nn.utils.clip_grad_norm_(agent.modules[name].parameters(), moto.GRAD_CLIP)
             optimiser.step()
         moto.update_target(agent.target, agent.critic, cfg.target_rate)
         agent.ema_policy.update_ema(model, agent.actor, cfg.ema_rate)
@@ -120,7 +134,7 @@ def bench_parts(cfg, repeat=10):
         "encoder": both_ways(lambda: model.encoder(x).float().sum()),
         "recurrent pass": lambda: sum(                          # one for the model, one to forget
             everything(model.filter(embed * 1, batch["a"], batch["is_first"]))
-            for _ in range(1 + bool(cfg.forget))).backward(),
+            for _ in range(1 + bool(cfg.reset_prob))).backward(),
         "model": both_ways(lambda: agent.model_terms(batch)[0], agent.actor),
         "imagination": both_ways(lambda: everything(
             moto.imagine(model, agent.actor, start[:, :D], start[:, D:], H).values()), model),
@@ -163,10 +177,10 @@ def bench_growth(cfg, repeat=4):
 def default_env(env):
     """The scene of `env` as Gymnasium renders it by default. `env` can then render no more: two
     OpenGL contexts in one process slow each other down."""
-    if isinstance(env, moto.GymTask):
+    if not hasattr(env, "camera"):
         return env.env
     env.camera.close()
-    if isinstance(env, moto.Kitchen):
+    if not isinstance(env, moto.MetaWorld):
         import gymnasium
         default = gymnasium.make("FrankaKitchen-v1", render_mode="rgb_array")
         default.reset(seed=0)

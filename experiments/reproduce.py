@@ -200,7 +200,7 @@ def plot(folders):
     with contextlib.suppress(ValueError):                                # of two drives
         parent = Path(os.path.commonpath([folder.parent for folder in folders]))
     ylabel = "success rate"
-    if any(task in moto.Kitchen.tasks for task in tasks):
+    if any(task in moto.KITCHENS for task in tasks):
         ylabel += " (kitchen: objects in place / 4)"
     with moto.decorative("curves.png"):
         draw_groups(parent / "curves.png", tasks, ylabel, solved, ylim=(-0.03, 1.03))
@@ -261,7 +261,6 @@ def train_here(source, argv, log, threads):
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
     threading.Thread(target=stop_with_parent, daemon=True).start()
-    moto.PROGRAM = source
     sys.exit(moto.main(argv))
 
 
