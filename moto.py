@@ -1794,7 +1794,7 @@ class Run:
     def read_checkpoint(self):
         """The newest whole checkpoint, or None where there is no run. Raises UserError on one that
         cannot be continued with this config. Weights only: a stranger's file runs nothing."""
-        damaged = None
+        damaged = False
         for path in (self.dir / "checkpoint.pt", self.dir / "checkpoint.previous.pt"):
             try:
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -1802,16 +1802,17 @@ class Run:
             except FileNotFoundError:
                 continue
             except Exception as error:
-                damaged = f"{path} is damaged ({type(error).__name__})"
-                print(f"warning: {damaged}; trying the one before", file=sys.stderr)
+                damaged = True
+                print(f"warning: {path} is damaged ({type(error).__name__}); trying the one before",
+                      file=sys.stderr)
         else:
             rows = read_metrics(self.dir / "metrics.jsonl")
             scored = any(row.get("evaluation") in ("offline", "final") for row in rows)
             if damaged or scored or any((self.dir / name).exists() for name in
                                         ("agent.pt", "result.json")):
-                damaged = damaged or f"{self.dir} holds a run without its checkpoint"
-                raise UserError(f"{damaged}: it cannot be continued; choose another --logdir or "
-                                "remove the folder")
+                cause = "no checkpoint of it can be read" if damaged else "without its checkpoint"
+                raise UserError(f"{self.dir} holds a run, {cause}: it cannot be continued; choose "
+                                "another --logdir or remove the folder")
             return None
         changed = [f"{name} ({there} there, {here} now)" for name, (there, here) in
                    differences(checkpoint["config"], dataclasses.asdict(self.cfg)).items()]

@@ -451,7 +451,8 @@ def test_one_backward_pass_gives_actor_and_critic_their_own_gradients_alone(agen
     parts = {}
     true_actor_loss, true_critic_loss = moto.actor_loss, moto.critic_loss
     moto.actor_loss = lambda *args: parts.setdefault("actor", true_actor_loss(*args))
-    moto.critic_loss = lambda *args: parts.setdefault(f"critic {len(parts)}", true_critic_loss(*args))
+    moto.critic_loss = lambda *args: parts.setdefault(
+        f"critic {'imagined' if 'critic real' in parts else 'real'}", true_critic_loss(*args))
     try:
         with moto.frozen(agent.model):
             agent.policy_terms(feat, feat, batch)
@@ -463,7 +464,8 @@ def test_one_backward_pass_gives_actor_and_critic_their_own_gradients_alone(agen
             module.zero_grad()
         loss.backward(retain_graph=True)
         reached[name] = {n for n, m in agent.modules.items() if any(p.grad is not None and p.grad.any() for p in m.parameters())}
-    assert reached == {"actor": {"actor"}, "critic 1": {"critic"}, "critic 2": {"critic"}}      # real and imagined
+    assert reached == {"actor": {"actor"}, "critic real": {"critic"},
+                       "critic imagined": {"critic"}}
 
 
 def test_the_behaviour_gradient_reaches_the_representation_only_by_its_weight():
@@ -1494,7 +1496,7 @@ def one_sentence(capsys, argv, *words, program=moto):
     (["--alpha", "nan"], ["--alpha", "[0, inf)"]),
     (["--model-lr", "0"], ["--model-lr", "(0, inf)"]),
     (["--image-size", "50"], ["multiple of 16"]),
-    (["--length", "1"], ["--length", "[2, inf)"]),
+    (["--length", "1"], ["--length", "[4, inf)"]),
     (["--episode-steps", "300"], ["--episode-steps", "at most 245"]),
     (["--evaluate", "/nowhere", "--episodes", "0"], ["--episodes", "at least 1"]),
     (["--device", "abacus"], ["abacus"]),
@@ -1788,7 +1790,7 @@ def test_runs_are_grouped_by_configuration_and_those_without_a_score_left_out(fi
 
 @pytest.mark.parametrize("argv, words", [
     (["--evaluate", "RUN", "--seed", "7"], ["--seed", "--evaluate", "only by training"]),
-    (["--evaluate", "RUN", "--no-compile"], ["--compile", "--evaluate", "only by training"]),
+    (["--evaluate", "RUN", "--no-pixel-prior"], ["--pixel-prior", "--evaluate", "only by training"]),
     (["--episodes", "3", "--preset", "debug"], ["--episodes", "training", "only by --evaluate"]),
 ])
 def test_a_flag_that_a_command_does_not_use_is_refused(finished, capsys, argv, words):
@@ -1813,10 +1815,10 @@ def test_a_run_is_not_continued_with_other_data_or_by_another_version(dots, tmp_
     assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
     for path in (tmp_path / "run" / "checkpoint.pt", tmp_path / "run" / "config.json"):
         old = torch.load(path, weights_only=True) if path.suffix == ".pt" else json.loads(path.read_text())
-        del old["config"]["frames"]                                              # before there was such a field
+        del old["config"]["context"]                                             # before there was such a field
         torch.save(old, path) if path.suffix == ".pt" else path.write_text(json.dumps(old))
     one_sentence(capsys, arguments(dots), "frames (nothing there, 3 now)")
-    one_sentence(capsys, ["--evaluate", str(tmp_path / "run")], "another version", "frames")
+    one_sentence(capsys, ["--evaluate", str(tmp_path / "run")], "another version", "context")
 
 
 def test_a_run_that_died_before_its_first_checkpoint_begins_again_and_one_that_lost_it_does_not(dots, tmp_path, capsys):
@@ -2206,7 +2208,8 @@ def test_minari_states_are_rendered_and_paid_anew(kitchen, tmp_path, monkeypatch
     rng, states, actions, truth = np.random.default_rng(0), [], [], []
     for episode in range(3):
         images, rewards = [kitchen.reset([0, 0, episode])], []
-        kitchen.sequence = ["kettle"] if episode == 1 else ["slide cabinet"]
+        sequence = ["kettle"] if episode == 1 else ["slide cabinet"]
+        kitchen.script = franka_kitchen.play_script(kitchen, sequence)
         s, a = [observation(kitchen)], []
         for _ in range(45):
             a.append(np.clip(kitchen.scripted_action() + 0.02 * rng.standard_normal(9), -1, 1))
