@@ -1,6 +1,6 @@
 """figures/agents.gif: agents at work, each beside its model's prediction.
 
-    python experiments/agents_gif.py        # the two published agents, or those of other run folders
+    python experiments/agents_gif.py    # the two published agents, or those of other run folders
 
 Left the first success among the episodes that --evaluate plays, right what the model predicts after
 its first five images from the actions alone.
