@@ -1817,7 +1817,7 @@ def test_a_run_is_not_continued_with_other_data_or_by_another_version(dots, tmp_
         old = torch.load(path, weights_only=True) if path.suffix == ".pt" else json.loads(path.read_text())
         del old["config"]["context"]                                             # before there was such a field
         torch.save(old, path) if path.suffix == ".pt" else path.write_text(json.dumps(old))
-    one_sentence(capsys, arguments(dots), "frames (nothing there, 3 now)")
+    one_sentence(capsys, arguments(dots), "context (nothing there, 0 now)")
     one_sentence(capsys, ["--evaluate", str(tmp_path / "run")], "another version", "context")
 
 
