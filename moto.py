@@ -5,14 +5,13 @@ from pixels.
     python moto.py --task hammer --variant no-unc          # an ablation; repeated, it resumes
     python moto.py --evaluate experiments/agents/drawer-open    # score an agent on fresh episodes
     python moto.py --help                                  # every number, its symbol, its source
-    python experiments/baselines.py --variant iql          # or cql, or sac: without a model
-    python experiments/reproduce.py --tasks hammer drawer-open --variants moto bc --seeds 0 1 2
-    python experiments/bench.py                            # where the time goes on this machine
+
+experiments/ has the model-free baselines, many runs with their table, and the benchmark.
 
 The paper: Rafailov, Hatch, Kolev, Martin, Phielipp, Finn, "MOTO: Offline Pre-training to Online
 Fine-tuning for Model-based Robot Learning", CoRL 2023, arXiv 2401.03306.
 
-The algorithm in ten lines:
+The algorithm:
     1. collect a few demonstrations (images, actions, sparse rewards)
     2. repeat N times on the demonstrations alone (offline), then U times after each new episode
        (online; one that succeeds joins the demonstrations):
@@ -24,10 +23,7 @@ The algorithm in ten lines:
     6.     expand the value along the imagined steps (Eq 9)
     7.     critic: regress on it, at the real action and at the imagined ones (Eq 10, 11, 12)
     8.     actor: raise it through the model, and stay near the demonstrations (Eq 13, 14, 15)
-    9. Theorem B.1 says why lowering the reward is safe (Eq 16, on a table)
-
-Read forward: first the mathematics, then the agent and behaviour cloning, then files, simulators,
-the two loops, pictures and the command line.
+Theorem B.1 says why lowering the reward is safe (Eq 16, on a table).
 
 Axes:    B batch, T time, H horizon, K ensemble, A action, E embedding, D deterministic,
          S stochastic, F = D + S (feature), N = B * T, P pixels a side, L steps of an episode.
@@ -52,9 +48,7 @@ from torch import nn
 from tqdm import tqdm
 
 
-# --------------------------------------------------------------------------------------------------
-# Config: every number of the method. Each field is a flag of the command line.
-# --------------------------------------------------------------------------------------------------
+# ---- Config: every number of the method. Each field is a flag of the command line. ---------------
 
 def opt(default, help, allowed=""):
     """A field of Config: its default, its meaning (symbol, [source]), its allowed interval."""
@@ -69,8 +63,7 @@ class Config:
     variant: str = opt("moto", "moto, an ablation (each changes numbers of this config), or bc")
     preset: str = opt("auto", "debug (seconds), laptop (default on CPU), paper (default on a GPU)")
     seed: int = opt(0, "of networks, batches, demonstrations, episodes", "[0, 4294967296)")
-    logdir: str = opt("", "run folder; a run there is continued. Default: runs/<task>-<variant>-"
-                      "seed<seed>")
+    logdir: str = opt("", "run folder, continued if it holds a run; else runs/TASK-VARIANT-seedN")
     device: str = opt("auto", "cpu, cuda, or auto")
     precision: str = opt("auto", "float32, bfloat16, or auto: bfloat16 where that is faster")
     workers: int = opt(0, "processes that play episodes; 0: one per core, 8 at most", "[0, inf)")
@@ -78,15 +71,14 @@ class Config:
     action_repeat: int = opt(2, "simulator steps per agent step [authors: 2]", "[1, inf)")
     episode_steps: int = opt(100, "L, the time limit in agent steps [paper: 200]", "[1, inf)")
     # Data
-    data: str = opt("", "folder of .npz episodes (layout in README), or minari:ID for Franka "
-                    "Kitchen. Default: scripted demonstrations")
+    data: str = opt("", "folder of .npz episodes (see README) or minari:ID; else scripted ones")
     demos: int = opt(10, "successful scripted demonstrations to collect [paper: 10]", "[1, inf)")
     demo_noise: float = opt(0.1, "standard deviation of the noise on scripted actions", "[0, inf)")
     cache: str = opt("runs/demos", "where demonstrations are kept for the next run")
     offline_fraction: float = opt(0.5, "online: share of a batch from the offline data", "[0, 1]")
     batch: int = opt(16, "B, sequences per batch [LOMPO: 64]", "[1, inf)")
     length: int = opt(16, "T, steps per sequence [LOMPO: 50]", "[4, inf)")
-    shift: int = opt(3, "random shifts of the images, in pixels [DrQ: 4 of 84]", "[0, inf)")
+    shift: int = opt(3, "random shifts of images, in pixels (DEPARTURE) [DrQ: 4 of 84]", "[0, inf)")
     # World model
     channels: int = opt(16, "width of the first convolution; it doubles three times", "[1, inf)")
     deter: int = opt(256, "D, size of h [LOMPO: 256]", "[1, inf)")
@@ -94,50 +86,38 @@ class Config:
     hidden: int = opt(256, "width of the hidden layers", "[1, inf)")
     ensemble: int = opt(5, "K, prior heads, Eq 2 [LOMPO: 7]", "[1, inf)")
     free_nats: float = opt(1.0, "Eq 5: a KL below this is left alone [DreamerV2: 1]", "[0, inf)")
-    reward_scale: float = opt(10.0, "c_r, Eq 4: weight of -ln p(r|s), one number beside 12,288 "
-                              "pixels", "[0, inf)")
-    reward_head: str = opt("auto", "p(r|s), Eq 3: bernoulli (r is 0 or 1), normal, or auto: "
-                           "bernoulli on Meta-World")
-    bc_repr_weight: float = opt(10.0, "weight of the behaviour term's gradient into encoder and "
-                                "RSSM (DEPARTURE)", "[0, inf)")
-    context: int = opt(0, "images that acting looks back (DEPARTURE); 0: to the reset", "[0, inf)")
-    reset_prob: float = opt(0.25, "share of steps before which the behaviour term's state is reset "
-                            "(DEPARTURE)", "[0, 1]")
-    latent_std_scale: float = opt(1.0, "times the posterior's standard deviation, for the "
-                                  "behaviour term and sampled episodes (DEPARTURE)", "[0, inf)")
+    reward_scale: float = opt(10.0, "c_r, Eq 4: weight of the reward's -ln p(r|s)", "[0, inf)")
+    reward_head: str = opt("auto", "p(r|s), Eq 3: normal, or bernoulli (r is 0 or 1: Meta-World)")
+    bc_repr_weight: float = opt(10.0, "behaviour term on encoder, RSSM (DEPARTURE)", "[0, inf)")
+    context: int = opt(0, "images that the acting filter sees (DEPARTURE); 0: all", "[0, inf)")
+    reset_prob: float = opt(0.25, "state resets per step, behaviour term (DEPARTURE)", "[0, 1]")
+    latent_std_scale: float = opt(1.0, "times the posterior's std, for the behaviour term and "
+                                  "sampled episodes (DEPARTURE)", "[0, inf)")
     # Value expansion, critic, actor
     horizon: int = opt(5, "H, imagined steps [LOMPO: 5]", "[1, inf)")
     gamma: float = opt(0.98, "discount", "[0, 1)")
     lam: float = opt(0.95, "Eq 9: 0 one-step values, 1 whole horizon [DreamerV2: 0.95]", "[0, 1]")
-    alpha: float = opt(1.0, "penalty, Eq 7: reward lost where u is twice its mean on the data",
-                       "[0, inf)")
+    alpha: float = opt(1.0, "penalty, Eq 7: reward lost where u is twice its mean", "[0, inf)")
     beta: float = opt(1.0, "weight of the behaviour term, Eq 14", "[0, inf)")
     eta: float = opt(1e-4, "weight of the entropy term, Eq 14", "[0, inf)")
-    pixel_prior: bool = opt(False, "a behaviour prior of its own, on stacked images, gives the "
+    pixel_prior: bool = opt(False, "a second behaviour prior, on stacked images, gives the "
                             "behaviour term's targets in online states (DEPARTURE)")
-    min_std: float = opt(0.05, "smallest standard deviation of the policy, before the tanh "
-                         "[DreamerV2: 0.1]", "(0, inf)")
-    imitate_ahead: int = opt(0, "imitate only stretches of at most so many steps to a new highest "
-                             "reward (DEPARTURE); 0: all", "[0, inf)")
-    real_weight: float = opt(1.0, "weight of real transitions, Eq 11; 0: imagined ones alone",
-                             "[0, inf)")
+    min_std: float = opt(0.05, "smallest standard deviation of the policy (DEPARTURE)", "(0, inf)")
+    imitate_ahead: int = opt(0, "see progress_mask (DEPARTURE); 0: imitate all", "[0, inf)")
+    real_weight: float = opt(1.0, "weight of real transitions, Eq 11", "[0, inf)")
     target_rate: float = opt(0.1, "Eq 12: step of the target critics to the critics", "[0, 1]")
-    ema_rate: float = opt(0.005, "smallest step of the averaged weights that act (DEPARTURE)",
-                          "[0, 1]")
+    ema_rate: float = opt(0.005, "smallest step of the averaged weights (DEPARTURE)", "[0, 1]")
     model_lr: float = opt(6e-4, "learning rate of the world model [LOMPO: 6e-4]", "(0, inf)")
     actor_lr: float = opt(3e-4, "learning rate of the actor [LOMPO: 3e-4]", "(0, inf)")
     critic_lr: float = opt(1e-3, "learning rate of the critics [LOMPO: 3e-4]", "(0, inf)")
     # Loops
-    offline_updates: int = opt(500, "N, updates before the first online episode [paper: 1000 on "
-                               "Meta-World]", "[0, inf)")
+    offline_updates: int = opt(500, "N, offline updates [paper: 1000, Meta-World]", "[0, inf)")
     online_episodes: int = opt(45, "online episodes [paper: up to 500]", "[0, inf)")
     updates_per_episode: int = opt(20, "U, updates after each of them [paper: 50]", "[1, inf)")
     eval_every: int = opt(200, "updates between evaluations on the way", "[1, inf)")
-    eval_stochastic: bool = opt(False, "evaluations sample actions; default: mean actions")
-    final_episodes: int = opt(50, "fresh episodes behind the offline and the final score; on the "
-                              "way a fifth of them", "[1, inf)")
-    action_noise_scale: float = opt(1.0, "times the policy's standard deviation, in sampled "
-                                    "episodes", "[0, inf)")
+    eval_stochastic: bool = opt(False, "evaluations sample actions (DEPARTURE)")
+    final_episodes: int = opt(50, "episodes per offline and final score; else a fifth", "[1, inf)")
+    action_noise_scale: float = opt(1.0, "times the sampled policy's std (DEPARTURE)", "[0, inf)")
     log_every: int = opt(25, "updates per line of metrics.jsonl", "[1, inf)")
     save_every: int = opt(250, "updates between checkpoints", "[1, inf)")
 
@@ -151,7 +131,8 @@ PRESETS = {
     "laptop": {},
     "debug": dict(workers=1, episode_steps=60, demos=2, demo_noise=0.0, batch=4, length=8,
                   channels=4, deter=32, stoch=8, hidden=32, offline_updates=20, online_episodes=2,
-                  updates_per_episode=5, eval_every=20, final_episodes=2, log_every=5, save_every=10),
+                  updates_per_episode=5, eval_every=20, final_episodes=2, log_every=5,
+                  save_every=10),
     "paper": dict(episode_steps=200, batch=64, length=50, channels=32, stoch=64, ensemble=7,
                   critic_lr=3e-4, target_rate=0.02, offline_updates=1000, online_episodes=400,
                   updates_per_episode=50, eval_every=2500, final_episodes=100, save_every=1000),
@@ -193,7 +174,7 @@ BASELINES = "iql", "cql", "sac"    # experiments/baselines.py adds them to VARIA
 
 
 class UserError(Exception):
-    """Bad input or a bad machine: one sentence with cause and mend. Exit code 2."""
+    """Bad input or a bad machine: one sentence with cause and remedy. Exit code 2."""
 
 
 class EpisodeError(UserError):
@@ -205,6 +186,7 @@ class Stopped(Exception):
 
 
 stop_requested = {"signal": None}
+worker = {}                             # in a rollout worker's process: cfg, env and policy
 sys.modules.setdefault("moto", sys.modules[__name__])    # for experiments/, as a program
 
 
@@ -213,15 +195,10 @@ def exit_if_asked():
         raise Stopped
 
 
-# --------------------------------------------------------------------------------------------------
-# Networks
-# --------------------------------------------------------------------------------------------------
+# ---- Networks ------------------------------------------------------------------------------------
 
 class Encoder(nn.Module):
-    """Image (N, 3, P, P) -> embedding (N, E), E = cfg.hidden: four convolutions that halve P.
-
-    Source: DreamerV1. `images`: how many images are stacked along the channels.
-    """
+    """Image (N, 3 * images, P, P) -> embedding (N, E), E = cfg.hidden. Source: Dreamer."""
 
     def __init__(self, cfg, images=1):
         super().__init__()
@@ -263,8 +240,7 @@ class EnsembleMLP(nn.Module):
     No weight is shared: the first layer is one wide matrix of which each head owns a block of
     columns; every further layer (`depth` of them) is a batch of K matrices. The heads differ in
     their random initialisation, which is why they disagree off the data. `norm`: hidden layers are
-    normalised (LayerNorm without a scale).
-    """
+    normalised (LayerNorm without a scale)."""
 
     def __init__(self, heads, inputs, hidden, outputs, depth=1, norm=False):
         super().__init__()
@@ -290,16 +266,14 @@ class TanhNormal:
 
     mean, std: (..., A). The second term is the logarithm of da/dn; written with n it is
     2 (ln 2 - n - softplus(-2n)), which stays finite where 1 - a^2 rounds to zero.
-    Source: Haarnoja et al. 2018 (SAC), appendix C.
-    """
+    Source: Haarnoja et al. 2018 (SAC), appendix C."""
 
     def __init__(self, mean, std):
         self.mean, self.std = mean, std
 
     @property
     def mode(self):
-        """The action without noise (..., A), called the mean action: tanh of the Normal's mean,
-        which is the density's median."""
+        """The mean action (..., A): tanh of the Normal's mean."""
         return torch.tanh(self.mean)
 
     def log_density_at(self, n):
@@ -336,8 +310,7 @@ class Critic(nn.Module):
 
     The output layer is in units of 1 / (1 - gamma), the return of a reward of one for ever, so that
     the network predicts numbers near one. Normalised layers keep the two critics from extrapolating
-    apart off the data. Source: Ball et al. 2023 (RLPD).
-    """
+    apart off the data. Source: Ball et al. 2023 (RLPD)."""
 
     def __init__(self, cfg, action_size):
         super().__init__()
@@ -350,9 +323,7 @@ class Critic(nn.Module):
         return self.unit * self.nets(inp.flatten(0, -2)).float().reshape(2, *inp.shape[:-1])
 
 
-# --------------------------------------------------------------------------------------------------
-# World model: the RSSM with an ensemble of priors
-# --------------------------------------------------------------------------------------------------
+# ---- World model: the RSSM with an ensemble of priors --------------------------------------------
 
 def gaussian(raw):
     """Split (..., 2S) into mean and standard deviation (..., S) >= 0.1 [PlaNet]."""
@@ -416,8 +387,7 @@ class WorldModel(nn.Module):
 
         Where `is_first` is set a new episode begins inside the sequence: state and action are
         reset there. z is drawn with the posterior's standard deviation times `scale`; at 0 it is
-        the mean.
-        """
+        the mean."""
         B, T = a.shape[:2]
         noise = scale * torch.randn(B, T, self.cfg.stoch, device=a.device)
         keep = (~is_first).float().unsqueeze(-1)
@@ -448,8 +418,7 @@ def decoder_losses(model, feat, x, r, is_terminal, chosen):
 
     feat (N, F), x (N, 3, P, P), r, is_terminal (N,). `chosen` indexes the frames to decode: the
     mean over a random subset is an unbiased estimate of the mean over all. Returns a dict of
-    scalars in nats per step (the Normals' without their constant). Source: Dreamer.
-    """
+    scalars in nats per step (the Normals' without their constant). Source: Dreamer."""
     error = model.decoder(feat[chosen]).float() - x[chosen].float()
     losses = {"image": 0.5 * error.square().flatten(1).sum(-1).mean()}
     raw = model.reward(feat).float().squeeze(-1)
@@ -476,8 +445,7 @@ def kl_balanced(q, p, balance, free_nats):
 
     q: (mean, std) of (N, S); p: (mean, std) of (K, N, S). w = `balance`; sg stops the gradient, so
     w = 0.8 moves the prior towards the posterior four times as hard as the other way round. Returns
-    nats (K, N). Source: DreamerV2; DreamerV3 for clipping each of the two terms.
-    """
+    nats (K, N). Source: DreamerV2; DreamerV3 for clipping each of the two terms."""
     q_sg, p_sg = [value.detach() for value in q], [value.detach() for value in p]
     train_prior = kl_normal(*q_sg, *p).clamp(min=free_nats)
     train_posterior = kl_normal(*q, *p_sg).clamp(min=free_nats)
@@ -490,8 +458,7 @@ def model_loss(model, batch):
         L = -ln p(x_t|s_t) - c_r ln p(r_t|s_t) + mean_k KL(q(z_t) || p_k(z_t)),   s_t ~ q (Eq 1)
 
     batch: dict of x (B, T, 3, P, P), a (B, T, A), r, is_terminal, is_first (B, T).
-    Returns (loss, metrics, feat (B, T, F), embed (B, T, E)).
-    """
+    Returns (loss, metrics, feat (B, T, F), embed (B, T, E))."""
     cfg, embed = model.cfg, model.embed(batch["x"])
     h, z, mean, std = model.filter(embed, batch["a"], batch["is_first"])
     N = h.shape[0] * h.shape[1]
@@ -508,9 +475,7 @@ def model_loss(model, batch):
     return sum(scales[name] * value for name, value in losses.items()), metrics, feat, embed
 
 
-# --------------------------------------------------------------------------------------------------
-# Imagination under the penalty
-# --------------------------------------------------------------------------------------------------
+# ---- Imagination under the penalty ---------------------------------------------------------------
 
 def disagreement(means):
     """Eq 6: epistemic uncertainty u(s, a), the standard deviation of the K predicted means, its
@@ -518,10 +483,9 @@ def disagreement(means):
 
     means (K, ..., S) -> (...). The heads saw the same data from different initialisations: where
     there was data they agree, elsewhere they need not. Zero for K = 1. Source: LOMPO;
-    Lakshminarayanan et al. 2017.
-    """
+    Lakshminarayanan et al. 2017."""
     variance = (means - means.mean(0)).square().mean(0)
-    return (variance + 1e-12).sqrt().mean(-1)            # SHARP: the root has no slope at zero
+    return (variance + 1e-12).sqrt().mean(-1)            # SHARP: sqrt has an infinite slope at 0
 
 
 def penalised_reward(reward, u, alpha, disagreement_mean):
@@ -531,9 +495,8 @@ def penalised_reward(reward, u, alpha, disagreement_mean):
 
     reward, u: (...). DEPARTURE: u here is the excess over `disagreement_mean`, the running mean of
     u on the data, in units of that mean: max(0, u / disagreement_mean - 1). The heads never agree
-    exactly, not even where there is data, and a price on that would be one on acting at all. alpha
-    keeps its meaning while the model learns, and across tasks. Source: MOPO, LOMPO.
-    """
+    exactly, even on the data; penalising that would penalise every action. alpha keeps its meaning
+    while the model learns, and across tasks. Source: MOPO, LOMPO."""
     return reward - alpha * (u / disagreement_mean - 1).clamp(min=0)
 
 
@@ -544,8 +507,7 @@ def imagine(model, actor, h, z, horizon):
 
     h (N, D), z (N, S) -> dict of feat (H+1, N, F), a (H+1, N, A), logp (H+1, N), u (H, N), where
     u^i = u(s^i, a^i). Gradients flow from every output to the actor. Sources: Dreamer; LOMPO and
-    PETS for the drawn head.
-    """
+    PETS for the drawn head."""
     N, K = h.shape[0], model.cfg.ensemble
     feats, actions, logps, us = [], [], [], []
     for i in range(horizon + 1):
@@ -561,12 +523,10 @@ def imagine(model, actor, h, z, horizon):
         k = torch.randint(K, (N,), device=h.device), torch.arange(N, device=h.device)
         z = means[k] + stds[k] * torch.randn_like(z)
     return {"feat": torch.stack(feats), "a": torch.stack(actions), "logp": torch.stack(logps),
-            "u": torch.stack(us) if us else h.new_zeros(0, N)}          # H = 0: no model at all
+            "u": torch.stack(us)}
 
 
-# --------------------------------------------------------------------------------------------------
-# Value expansion and the critic
-# --------------------------------------------------------------------------------------------------
+# ---- Value expansion and the critic --------------------------------------------------------------
 
 def value_expansion(reward, discount, q, lam):
     """Eq 9: the lambda-return along the imagined steps, computed backwards.
@@ -575,8 +535,7 @@ def value_expansion(reward, discount, q, lam):
 
     reward, discount (H, N): r~(s^i, a^i) and gamma times the continuation of s^{i+1}; q (H+1, N):
     the smaller target critic. Returns V (H+1, N). Sources: Feinberg et al. 2018 (MVE); Sutton and
-    Barto, chapter 12.
-    """
+    Barto, chapter 12."""
     V = [q[-1]]
     for i in reversed(range(len(reward))):
         V.insert(0, reward[i] + discount[i] * ((1 - lam) * q[i + 1] + lam * V[0]))
@@ -590,13 +549,12 @@ def critic_target(r, is_terminal, V0, gamma):
 
     r, is_terminal, V0: (B, T) -> (B, T-1). The real reward is not penalised. SHARP: r_{t+1} sits at
     index t+1; `is_terminal` marks true ends of a task only: at a time limit it is zero, and the
-    value goes on. The target of imagined steps is V^i itself.
-    """
+    value goes on. The target of imagined steps is V^i itself."""
     return r[:, 1:] + gamma * (1 - is_terminal[:, 1:]) * V0[:, 1:]
 
 
 def weighted_mean(value, weight):
-    """Mean of `value`, weighted by `weight` (same shape, from 0 to 1)."""
+    """Mean of `value`, weighted by `weight` >= 0 (same shape)."""
     return (weight * value).sum() / weight.sum().clamp(min=1)
 
 
@@ -604,8 +562,7 @@ def critic_loss(q, y, weight, unit):
     """Eq 11: weighted mean squared error of both critics, in the units of Critic.
 
     q (2, ...), y, weight (...) -> scalar. The targets carry no gradient. The two critics differ by
-    their initialisation; the smaller one is used in V [TD3].
-    """
+    their initialisation; the smaller one is used in V [TD3]."""
     return weighted_mean(((q - y.detach()) / unit).square().sum(0), weight)
 
 
@@ -616,9 +573,7 @@ def update_target(target, source, rate):
         slow.lerp_(fast, rate)
 
 
-# --------------------------------------------------------------------------------------------------
-# The actor and its behaviour prior
-# --------------------------------------------------------------------------------------------------
+# ---- The actor and its behaviour prior -----------------------------------------------------------
 
 def action_nll(actor, feat, a):
     """-ln pi(a_{t+1} | s_t) in nats: feat (B, T, F), a (B, T, A) -> (B, T-1). Actions are clipped
@@ -633,8 +588,7 @@ def behaviour_loss(actor, feat, a, weight):
 
     feat (B, T, F), a (B, T, A), weight (B, T-1): one where a_{t+1} is an offline action that left
     s_t. Alone it is behaviour cloning; inside Eq 14 it keeps the policy near the data. Returns nats
-    per action. Source: TD3+BC for its use beside a value.
-    """
+    per action. Source: TD3+BC for its use beside a value."""
     return weighted_mean(action_nll(actor, feat, a), weight)
 
 
@@ -645,15 +599,12 @@ def actor_loss(V0, behaviour, logp, weight, cfg):
 
     V0, logp, weight (N,); behaviour: the scalar of Eq 13. The gradient of V^0 runs through actions,
     model, penalty and critic. (1 - gamma) puts the value on the scale of one step's reward, so that
-    beta means the same at any discount. Sources: Dreamer, TD3+BC, SAC.
-    """
+    beta means the same at any discount. Sources: Dreamer, TD3+BC, SAC."""
     value = weighted_mean(V0, weight) * (1 - cfg.gamma)
     return -value + cfg.beta * behaviour + cfg.eta * logp.mean()
 
 
-# --------------------------------------------------------------------------------------------------
-# Why the penalty is safe, on a table
-# --------------------------------------------------------------------------------------------------
+# ---- Why the penalty is safe, on a table ---------------------------------------------------------
 
 def tabular_value(P, r, pi, gamma):
     """State values (X,), exactly, of policy pi (X, A) under transitions P (X, A, X) and rewards
@@ -679,8 +630,7 @@ def tabular_bound(P, P_hat, r, u, alpha, gamma, pi, start):
 
     P true, P_hat learned transitions (X, A, X); r, u (X, A); pi (X, A); start (X,). E_pi[u] is the
     discounted sum of u along pi in the model. Returns (J(pi_hat), the right-hand side, whether the
-    condition holds). Source: MOPO, theorem 4.4.
-    """
+    condition holds). Source: MOPO, theorem 4.4."""
     pi_hat = tabular_optimum(P_hat, r - alpha * u, gamma)
     J = lambda policy: start @ tabular_value(P, r, policy, gamma)
     largest_value = np.abs(r).max() / (1 - gamma)
@@ -689,9 +639,7 @@ def tabular_bound(P, P_hat, r, u, alpha, gamma, pi, start):
     return J(pi_hat), bound, bool((alpha * u >= error - 1e-12).all())
 
 
-# --------------------------------------------------------------------------------------------------
-# The agent
-# --------------------------------------------------------------------------------------------------
+# ---- The agent -----------------------------------------------------------------------------------
 
 def to_image(x):
     """uint8 (..., P, P, 3) -> float (..., 3, P, P) in [-0.5, 0.5]."""
@@ -757,8 +705,7 @@ class Policy(nn.Module):
         With a generator, latents and action are sampled, their standard deviations multiplied by
         cfg.latent_std_scale and cfg.action_noise_scale; without, they are the means. With
         cfg.context the filter begins anew so many images ago, as it does in training with every
-        sequence (DEPARTURE).
-        """
+        sequence (DEPARTURE)."""
         device, model, cfg = self.updates.device, self.model, self.actor.cfg
 
         def noise(n):
@@ -780,14 +727,51 @@ class Policy(nn.Module):
         return a[0].cpu().numpy(), (h, z, a, seen)
 
 
+def stacked(image, is_first, frames):
+    """Images of steps t - frames + 1 to t along the channels: (B, T, P, P, 3) -> (B, T', P, P,
+    3 * frames), T' = T - frames + 1. Before an episode's beginning (`is_first`, (B, T)) its first
+    image is repeated."""
+    T, views = image.shape[1], [image[:, frames - 1:]]
+    same = torch.ones_like(is_first[:, frames - 1:])
+    for n in range(1, frames):                          # still the same episode n steps back?
+        same = same & ~is_first[:, frames - n:T + 1 - n]
+        earlier = image[:, frames - 1 - n:T - n]
+        views.insert(0, torch.where(same[..., None, None, None], earlier, views[0]))
+    return torch.cat(views, -1)
+
+
+class StackEncoder(nn.Sequential):
+    """Stacked images (N, 3 * FRAMES, P, P) -> feature (N, F), the input of Actor and Critic; layer
+    norm and tanh keep it bounded, as in DrQ."""
+
+    def __init__(self, cfg):
+        width = cfg.deter + cfg.stoch
+        super().__init__(Encoder(cfg, FRAMES), nn.SiLU(), nn.Linear(cfg.hidden, width),
+                         nn.LayerNorm(width), nn.Tanh())
+
+
+class StackPolicy(Policy):
+    """What acts without a world model: the encoder of the latest frames (`model`) and the actor."""
+
+    @torch.no_grad()
+    def act(self, image, state=None, generator=None):
+        """As Policy.act; the carried state is the frames before this one."""
+        x = to_image(torch.as_tensor(image, device=self.updates.device))[None]
+        frames = (*state[1:], x) if state else (x,) * FRAMES
+        policy = self.actor(self.model(torch.cat(frames, 1)))
+        a = policy.mode
+        if generator is not None:
+            noise = torch.randn(a.shape, generator=generator).to(a.device)
+            a = policy.rsample(self.actor.cfg.action_noise_scale * noise)[0]
+        return a[0].cpu().numpy(), frames
+
+
 class Agent:
     """What every agent is: modules by name, an optimiser for some of them, `step`, and its state.
 
     A subclass makes its modules and calls `prepare`. It has `update(batch)` -> metrics,
     `ema_policy` (a Policy), and `value_estimate(image)`, what its critics expect at an episode's
-    first image; None where it has no critics, or only the weights that act. `trunk` names the
-    module that turns images into features.
-    """
+    first image; None without critics. `trunk`: the module that turns images into features."""
     trunk = "model"
 
     def __init__(self, cfg, device):
@@ -826,9 +810,8 @@ class Agent:
         return feat.unflatten(0, batch["a"].shape[:2]), batch
 
     def step(self, loss, *names):
-        """One optimiser step on `loss` for each of the named modules -> the norms of their
-        gradients. Raises FloatingPointError, before any parameter moves, where loss or gradient is
-        not finite."""
+        """One optimiser step on `loss` for each of the named modules -> their gradients' norms.
+        Raises FloatingPointError, before any parameter moves, on a gradient that is not finite."""
         for name in names:
             self.optimisers[name].zero_grad()
         loss.backward()
@@ -860,8 +843,8 @@ class Agent:
                 if name in self.modules}
 
     def load_acting(self, state):
-        """Set what acts, and what can follow from it. SHARP: the critics were trained on latents of
-        the newest weights, which are not there, so that such an agent has no value estimate."""
+        """Set what acts, and what can follow from it. SHARP: `state` lacks the newest weights, on
+        whose latents the critics were trained, so a loaded agent gives no value estimate."""
         for name, module in state.items():
             self.modules[name].load_state_dict(module)
         self.modules[self.trunk].load_state_dict(self.ema_policy.model.state_dict())
@@ -902,10 +885,8 @@ class MOTO(Agent):
             self.policy_terms = torch.compile(self.policy_terms, mode=mode)
 
     def update(self, batch):
-        """One step of everything. batch: dict of image (B, T, P, P, 3) uint8, a (B, T, A) and r,
-        is_terminal, is_first, is_demo (B, T), arrays or tensors. Returns metrics (floats). Raises
-        FloatingPointError.
-        """
+        """One step of everything on a batch from Replay.sample -> metrics (floats). Raises
+        FloatingPointError."""
         cfg = self.cfg
         torch.compiler.cudagraph_mark_step_begin()        # CUDA graphs reuse their memory from here
         batch, metrics = self.prepare_batch(batch), {}
@@ -931,11 +912,10 @@ class MOTO(Agent):
         feat, bc_feat (B, T, F).
 
         DEPARTURE: the behaviour term sees bc_feat, states filtered once more with resets at random
-        (`reset_prob`). A policy that sees its own past actions learns to go on with them instead of
+        (`reset_prob`). A policy that sees its own past actions learns to repeat them instead of
         looking. Source: de Haan et al. 2019, causal confusion. DEPARTURE, too, where
         cfg.latent_std_scale is 0: these states are means. A regression on noisy inputs is flatter
-        than the truth. Source: Fuller 1987, measurement error models.
-        """
+        than the truth. Source: Fuller 1987, measurement error models."""
         cfg, batch = self.cfg, batch | {"x": to_image(batch["image"])}
         loss, metrics, feat, embed = model_loss(self.model, batch)
         bc_feat = feat
@@ -953,8 +933,7 @@ class MOTO(Agent):
         """Eq 6 to 11, 13 and 14: feat, bc_feat (B, T, F) without gradient -> loss, metrics.
 
         The loss is the actor's plus the critics': neither reaches the other's parameters, so that
-        one backward pass serves both.
-        """
+        one backward pass serves both."""
         cfg, model, unit = self.cfg, self.model, self.critic.unit
         behaviour = behaviour_loss(self.actor, bc_feat, batch["bc_target"], batch["bc_mask"])
         h, z = feat.flatten(0, 1).split([cfg.deter, cfg.stoch], -1)
@@ -997,9 +976,8 @@ class MOTO(Agent):
     def prior_targets(self, batch):
         """The behaviour term's targets in online sequences, drawn from b -> `bc_target`, `bc_mask`.
 
-        DEPARTURE: so the policy stays near the behaviour prior wherever the agent gets. Source:
-        Ross et al. 2011 (DAgger): the student is told what to do in states of its own.
-        """
+        DEPARTURE: this keeps the policy near the prior in online states, too. Source: Ross et al.
+        2011 (DAgger): the student is told what to do in states of its own."""
         online = ~batch["is_demo"].any(1)
         targets = {name: batch[name].clone() for name in ("bc_target", "bc_mask")}
         if online.any():
@@ -1023,48 +1001,7 @@ class MOTO(Agent):
         return float(self.target(torch.cat([h, z], -1), a).min() / self.target.unit)
 
 
-# --------------------------------------------------------------------------------------------------
-# Behaviour cloning: the same actor, replay and loops, without a model
-# --------------------------------------------------------------------------------------------------
-
-def stacked(image, is_first, frames):
-    """Images of steps t - frames + 1 to t along the channels: (B, T, P, P, 3) -> (B, T', P, P,
-    3 * frames), T' = T - frames + 1. Before an episode's beginning (`is_first`, (B, T)) its first
-    image is repeated."""
-    T, views = image.shape[1], [image[:, frames - 1:]]
-    same = torch.ones_like(is_first[:, frames - 1:])
-    for n in range(1, frames):                          # still the same episode n steps back?
-        same = same & ~is_first[:, frames - n:T + 1 - n]
-        earlier = image[:, frames - 1 - n:T - n]
-        views.insert(0, torch.where(same[..., None, None, None], earlier, views[0]))
-    return torch.cat(views, -1)
-
-
-class StackEncoder(nn.Sequential):
-    """Stacked images (N, 3 * FRAMES, P, P) -> feature (N, F), the input of Actor and Critic; layer
-    norm and tanh keep it bounded, as in DrQ."""
-
-    def __init__(self, cfg):
-        width = cfg.deter + cfg.stoch
-        super().__init__(Encoder(cfg, FRAMES), nn.SiLU(), nn.Linear(cfg.hidden, width),
-                         nn.LayerNorm(width), nn.Tanh())
-
-
-class StackPolicy(Policy):
-    """What acts without a world model: the encoder of the latest frames (`model`) and the actor."""
-
-    @torch.no_grad()
-    def act(self, image, state=None, generator=None):
-        """As Policy.act; the carried state is the frames before this one."""
-        x = to_image(torch.as_tensor(image, device=self.updates.device))[None]
-        frames = (*state[1:], x) if state else (x,) * FRAMES
-        policy = self.actor(self.model(torch.cat(frames, 1)))
-        a = policy.mode
-        if generator is not None:
-            noise = torch.randn(a.shape, generator=generator).to(a.device)
-            a = policy.rsample(self.actor.cfg.action_noise_scale * noise)[0]
-        return a[0].cpu().numpy(), frames
-
+# ---- Behaviour cloning: the same actor, replay and loops, without a model ------------------------
 
 class BC(Agent):
     """Behaviour cloning from stacked frames: Eq 13 alone, which trains encoder and actor."""
@@ -1099,18 +1036,12 @@ def make_agent(cfg, action_size, terminates, device, compiled=False):
     return AGENTS.get(cfg.variant, MOTO)(cfg, action_size, terminates, device, compiled)
 
 
-# --------------------------------------------------------------------------------------------------
-# Episodes and replay
-# --------------------------------------------------------------------------------------------------
-# An episode on disk is an .npz of: image (L+1, P, P, 3) uint8; action (L, A) float in [-1, 1],
-# where action[i] led from image[i] to image[i+1]; reward (L,), received on arriving at image[i+1];
-# optionally terminal, one bool: the task itself ended at the last image (a time limit is no end).
+# ---- Episodes and replay -------------------------------------------------------------------------
+# README has the layout of an episode's file; action[i] leads from image[i] to image[i+1].
 
 def write_atomically(path, write):
-    """Call write(file) on a temporary neighbour, flush it to the disk, rename it: no half files.
-
-    Raises UserError on a full or unwritable disk; what `path` held before is then untouched.
-    """
+    """write(file) to a temporary neighbour of `path`, fsync, rename: readers see all or nothing.
+    Raises UserError on a full or unwritable disk."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -1131,8 +1062,18 @@ def write_json(path, value):
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
+def read_metrics(path):
+    """The lines of a metrics.jsonl as dicts, without a half-written last one; a missing file has
+    none."""
+    rows = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def save_episode(path, image, action, reward, terminal=False):
-    """Write one episode in the layout above, compressed."""
+    """Write one episode, compressed."""
     write_atomically(path, lambda file: np.savez_compressed(
         file, image=np.asarray(image, np.uint8), action=np.asarray(action, np.float32),
         reward=np.asarray(reward, np.float32), terminal=np.asarray(terminal, bool)))
@@ -1182,13 +1123,11 @@ def count_steps(path):
 
 
 class Replay:
-    """Episodes laid end to end in flat tensors: a sequence is a slice.
+    """Episodes laid end to end in flat tensors, on the device that learns: a sequence is a slice.
 
-    Images stay uint8, on the device that learns. A sequence may run over the end of one episode
-    into the next: `is_first` marks the episode boundary, and every loss respects it. `starts` has
-    the positions where a sequence may begin, for the offline and the online part of a batch. An
-    online episode that joins the offline data is in both.
-    """
+    A sequence may run over an episode boundary, which `is_first` marks and every loss respects.
+    `starts`: where sequences may begin, for the offline and the online part of a batch. An online
+    episode that joins the offline data is in both."""
 
     def __init__(self, capacity, image_size, action_size, device="cpu"):
         self.size, self.device = 0, device
@@ -1200,9 +1139,8 @@ class Replay:
                      for name, (shape, kind) in kinds.items()}   # memory is used as it is filled
 
     def add(self, episode, is_demo, part="offline"):
-        """Append an episode (dict as from load_episode) in this file's time: a[t], r[t] led into
-        image[t]. `is_demo`: whether the behaviour term imitates it, or which actions of it (L,).
-        Returns where it begins."""
+        """Append an episode (dict as from load_episode) with this file's time index. `is_demo`:
+        whether the behaviour term imitates it, or which actions (L,). Returns where it begins."""
         start, end = self.size, self.size + len(episode["image"])
         self.data["image"][start:end] = torch.as_tensor(episode["image"])
         self.data["a"][start + 1:end] = torch.as_tensor(episode["action"])
@@ -1238,8 +1176,8 @@ class Replay:
 
 
 def episode_score(cfg, reward):
-    """How good an episode's rewards (L,) are: their mean up to the time limit, as if it had kept
-    its largest reward from when it first had it -> that mean, and that step (from 0)."""
+    """The mean of an episode's rewards (L,) up to the time limit, with the largest reward counted
+    at every step from its first occurrence on -> (mean, step of that occurrence)."""
     peak = int(reward.argmax())
     kept = reward[:peak].sum() + max(1, cfg.episode_steps - peak) * reward[peak]
     return float(kept) / cfg.episode_steps, peak
@@ -1251,8 +1189,7 @@ def progress_mask(cfg, reward):
 
     DEPARTURE, for data that do more than the task asks: a detour is in the model's and the critics'
     data, but not what the policy imitates. Source: imitation of the best actions alone, Chen et al.
-    2020 (BAIL).
-    """
+    2020 (BAIL)."""
     if not cfg.imitate_ahead:
         return np.ones(len(reward), bool)
     best = np.maximum.accumulate(np.append(0, reward))
@@ -1295,9 +1232,7 @@ def check_memory(cfg, action_size, steps):
                         "--demos or --image-size")
 
 
-# --------------------------------------------------------------------------------------------------
-# Environments and demonstrations
-# --------------------------------------------------------------------------------------------------
+# ---- Environments and demonstrations -------------------------------------------------------------
 # An environment has action_size, terminates, describe() -> dict, reset(seed) -> image, close(), and
 # step(a) -> image, reward, terminal (the task ended), over (it ended or ran out of time), success.
 # One that can demonstrate has also scripted_action(), demonstrated (the script's aim is reached),
@@ -1311,29 +1246,22 @@ GL_HELP = ("no OpenGL backend works for MuJoCo without a screen; install one (De
 
 def choose_gl():
     """Set MUJOCO_GL before mujoco is imported: as the user wants it, else EGL, else OSMesa. Returns
-    "", or, where nothing works, a sentence with cause and mend."""
+    "", or, where nothing works, a sentence with cause and remedy."""
     if not sys.platform.startswith("linux") or "mujoco" in sys.modules or worker:
         return ""
-    wishes = {name: os.environ[name] for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM")
-              if os.environ.get(name)}
+    wishes = [f"{name}={os.environ[name]}" for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM")
+              if os.environ.get(name)]
     trial = ("import mujoco; "
              "mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8).close()")
-
-    def works(settings):                                  # in a child: a failed import stays so
-        others = {name: value for name, value in os.environ.items() if name not in wishes}
-        return not subprocess.run([sys.executable, "-c", trial], env=others | settings,
-                                  capture_output=True).returncode
-    backends = [{"MUJOCO_GL": name} for name in ("egl", "osmesa")]
-    for backend in backends[:1 if "MUJOCO_GL" in wishes else 2]:
-        if works(backend | wishes):
-            os.environ.update(backend | wishes)
+    wished = os.environ.get("MUJOCO_GL")
+    for backend in [wished] if wished else ["egl", "osmesa"]:
+        env = os.environ | {"MUJOCO_GL": backend}         # in a child: a failed import stays failed
+        done = subprocess.run([sys.executable, "-c", trial], env=env, capture_output=True)
+        if done.returncode == 0:
+            os.environ["MUJOCO_GL"] = backend
             return ""
-    if not wishes:
-        return GL_HELP
-    cause = " and ".join(f"{name}={value}" for name, value in wishes.items())
-    mend = next((f"{backend['MUJOCO_GL']} does" for backend in backends if works(backend)),
-                f"without it, too, {GL_HELP}")
-    return f"MuJoCo cannot render with {cause}, which is set in the environment; unset it: {mend}"
+    cause = f" with {' and '.join(wishes)}; unset it. Without it," * bool(wishes)
+    return f"MuJoCo cannot render{cause}: {GL_HELP}"
 
 
 def nearest(name, known):
@@ -1355,8 +1283,7 @@ class Camera:
     lookat (m).
 
     DEPARTURE: no shadows, multisampling and reflections, which are slow in software. Instead each
-    pixel is the mean of 2 x 2 rendered ones, which locates a hand to fractions of a pixel.
-    """
+    pixel is the mean of 2 x 2 rendered ones, which locates a hand to fractions of a pixel."""
     finer = 2
 
     def __init__(self, cfg, model, data, view):
@@ -1441,13 +1368,6 @@ class MetaWorld:
         return np.clip(self.policy.get_action(observation), -1, 1)
 
 
-def make_env(cfg):
-    """Meta-World, or what experiments/ has for the task."""
-    if cfg.task.startswith("gym:"):
-        return extra("gym_task").GymTask(cfg)
-    return extra("franka_kitchen").Kitchen(cfg) if cfg.task in KITCHENS else MetaWorld(cfg)
-
-
 def extra(name):
     """The module experiments/<name>.py; a run's folder has a copy beside its moto.py."""
     here = Path(__file__).resolve().parent
@@ -1459,6 +1379,13 @@ def extra(name):
     return importlib.import_module(name)
 
 
+def make_env(cfg):
+    """Meta-World, or what experiments/ has for the task."""
+    if cfg.task.startswith("gym:"):
+        return extra("gym_task").GymTask(cfg)
+    return extra("franka_kitchen").Kitchen(cfg) if cfg.task in KITCHENS else MetaWorld(cfg)
+
+
 def episode_seed(cfg, stream, index):
     """Seeds of demonstrations, online episodes and evaluations: three streams that never meet."""
     return [cfg.seed, ("demos", "online", "evaluation").index(stream), index]
@@ -1468,8 +1395,7 @@ def demonstrate(cfg, env, seed):
     """One scripted episode -> lists of image, action, reward, and whether it succeeded.
 
     Noise is added to the clipped scripted action; the sum, clipped again, is executed and recorded.
-    It goes on for DEMO_TAIL steps after the first success, to show that the reward lasts.
-    """
+    It goes on for DEMO_TAIL steps after the first success, to show that the reward lasts."""
     rng, after = np.random.default_rng(seed), 0
     images, actions, rewards = [env.reset(seed)], [], []
     while len(actions) < cfg.episode_steps and after <= DEMO_TAIL:
@@ -1481,6 +1407,17 @@ def demonstrate(cfg, env, seed):
         after += bool(env.demonstrated or after)
         exit_if_asked()
     return images, actions, rewards, after > 0 and max(rewards) <= env.max_demo_reward
+
+
+def cache_folder(cfg, env, ingredients):
+    """The folder in cfg.cache for episodes made from `ingredients` by this environment."""
+    ingredients = ingredients | env.describe() | {
+        "numpy": np.__version__, "layout": 1, "task": cfg.task, "image_size": cfg.image_size,
+        "action_repeat": cfg.action_repeat}
+    digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:12]
+    folder = Path(cfg.cache) / f"{cfg.task}-{digest}"
+    write_json(folder / "ingredients.json", ingredients)
+    return folder
 
 
 def collect_demos(cfg, workers):
@@ -1511,17 +1448,6 @@ def collect_demos(cfg, workers):
                     f"{cfg.episode_steps} steps; raise --episode-steps or lower --demo-noise")
 
 
-def cache_folder(cfg, env, ingredients):
-    """The folder in cfg.cache for episodes made from `ingredients` by this environment."""
-    ingredients = ingredients | env.describe() | {
-        "numpy": np.__version__, "layout": 1, "task": cfg.task, "image_size": cfg.image_size,
-        "action_repeat": cfg.action_repeat}
-    digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(cfg.cache) / f"{cfg.task}-{digest}"
-    write_json(folder / "ingredients.json", ingredients)
-    return folder
-
-
 def offline_paths(cfg, workers):
     """The offline episodes: the user's folder, a Minari data set, or scripted demonstrations."""
     if not cfg.data:
@@ -1535,62 +1461,7 @@ def offline_paths(cfg, workers):
     return paths
 
 
-# --------------------------------------------------------------------------------------------------
-# The two loops, and evaluation
-# --------------------------------------------------------------------------------------------------
-
-def pretrain(run):
-    """Offline: updates on the static data alone, then the offline score."""
-    cfg, state = run.cfg, run.state
-    done = min(state["updates"], cfg.offline_updates)
-    with tqdm(total=cfg.offline_updates, initial=done, desc="offline") as bar:
-        while state["updates"] < cfg.offline_updates:
-            run.score_on_the_way()
-            run.update(bar, "offline")
-    if state["updates"] == cfg.offline_updates:
-        run.save()                                        # a score has a checkpoint beside it
-        run.score("offline", cfg.final_episodes)
-        run.save()
-
-
-def finetune(run):
-    """Online: one episode with the sampled policy, then U updates on old and new data together;
-    again. Ends with the final score; without online episodes that is the offline score."""
-    cfg, state = run.cfg, run.state
-    total, done = planned_updates(cfg) - cfg.offline_updates, state["updates"] - cfg.offline_updates
-    with tqdm(total=total, initial=done, desc="online", disable=not total) as bar:
-        while state["updates"] < planned_updates(cfg):
-            state["scores"].pop("final", None)                         # of a run that was shorter
-            run.score_on_the_way()
-            done = state["updates"] - cfg.offline_updates
-            if done == state["episodes"] * cfg.updates_per_episode:
-                collect_online(run)
-            run.update(bar, "online")
-    if not total:
-        state["scores"]["final"] = state["scores"]["offline"]
-    run.score("final", cfg.final_episodes)
-    run.save()
-
-
-def planned_updates(cfg):
-    """N + U per online episode."""
-    return cfg.offline_updates + cfg.online_episodes * cfg.updates_per_episode
-
-
-def collect_online(run):
-    """Play one sampled episode, save it, and add it to the replay."""
-    cfg, state, started, index = run.cfg, run.state, time.perf_counter(), run.state["episodes"]
-    seed = episode_seed(cfg, "online", index)
-    episode = rollout(cfg, run.env, run.agent.ema_policy, seed, sample=True)
-    success = episode.pop("success")
-    save_episode(run.episode_path(index), **episode)
-    run.add_online(index)
-    state["episodes"] += 1
-    state["env_steps"] += len(episode["action"])
-    run.clock("acting", started)
-    run.log({"episode": index, "episode/success": float(success),
-             "episode/return": sum(episode["reward"])})
-
+# ---- Rollout and evaluation ----------------------------------------------------------------------
 
 def rollout(cfg, env, policy, seed, sample=False):
     """One episode -> dict of image, action, reward, terminal as on disk, and success (at any step).
@@ -1620,8 +1491,7 @@ def evaluate(cfg, workers, agent, episodes, first=0):
     of rewards up to the time limit; `infinite_horizon_return`, the same as if the last reward went
     on for ever; and `value_estimate`, what the critics, who know no time limit, expected of that at
     the first image (the penalty taken off), all three in units of 1 / (1 - gamma); `episodes`; for
-    Franka Kitchen also Kitchen.score.
-    """
+    Franka Kitchen also Kitchen.score."""
     rows, values, rewards, videos, gamma = [], [], [], [], cfg.gamma
     seeds = [episode_seed(cfg, "evaluation", first + index) for index in range(episodes)]
     played = workers.play(agent.ema_policy, seeds, sample=cfg.eval_stochastic)
@@ -1642,53 +1512,6 @@ def evaluate(cfg, workers, agent, episodes, first=0):
     if hasattr(workers.env, "score"):
         result |= workers.env.score(rewards)
     return result | {"episodes": episodes}, videos
-
-
-class RolloutWorkers:
-    """Processes that play episodes, each with a simulator and a policy of its own, on one core.
-    With one worker all is played here, in this process. Raises UserError where they do not start,
-    EpisodeError where one has died."""
-
-    def __init__(self, cfg, env):
-        self.cfg, self.env, self.pool = cfg, env, None
-        if cfg.workers > 1:
-            context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(cfg.workers, context, init_worker, (cfg,))
-            try:
-                [one.result() for one in [self.pool.submit(os.getpid) for _ in range(cfg.workers)]]
-            except BrokenExecutor:
-                raise UserError("the processes that play episodes do not start (their message, if "
-                                "any, is above); each imports the script that called moto.main: "
-                                "there the call needs `if __name__ == \"__main__\":` above it, and "
-                                "what it registers does not; or use --workers 1") from None
-
-    def each(self, function, items):
-        """function(cfg, env, item) for each item, in order, as a generator."""
-        if self.pool is None:
-            yield from (function(self.cfg, self.env, item) for item in items)
-            return
-        try:
-            yield from self.pool.map(functools.partial(call_here, function), items)
-        except BrokenExecutor:
-            exit_if_asked()                               # the signal went to all of them
-            raise EpisodeError("a process that plays episodes died (out of memory?); repeat the "
-                               "command with --workers 1: it continues from the last checkpoint"
-                               ) from None
-
-    def play(self, policy, seeds, sample):
-        """A `rollout` per seed with the policy's present weights, as a generator."""
-        if self.pool is None:
-            return (rollout(self.cfg, self.env, policy, seed, sample) for seed in seeds)
-        weights = {name: value.cpu().numpy().copy() for name, value in policy.state_dict().items()
-                   if not name.startswith(policy.idle)}
-        return self.each(play_here, [(weights, seed, sample) for seed in seeds])
-
-    def close(self):
-        if self.pool:
-            self.pool.shutdown(cancel_futures=True)
-
-
-worker = {}                          # in a rollout worker's process: cfg, env and policy
 
 
 def init_worker(cfg):
@@ -1720,9 +1543,82 @@ def play_here(cfg, env, item):
     return rollout(cfg, env, policy, seed, sample)
 
 
-# --------------------------------------------------------------------------------------------------
-# A run: its folder, its state, its checkpoint
-# --------------------------------------------------------------------------------------------------
+class RolloutWorkers:
+    """Processes that play episodes, each with a simulator and a policy of its own, on one core.
+    With one worker all is played here, in this process. Raises UserError where they do not start,
+    EpisodeError where one has died."""
+
+    def __init__(self, cfg, env):
+        self.cfg, self.env, self.pool = cfg, env, None
+        if cfg.workers > 1:
+            context = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(cfg.workers, context, init_worker, (cfg,))
+            try:
+                [one.result() for one in [self.pool.submit(os.getpid) for _ in range(cfg.workers)]]
+            except BrokenExecutor:
+                exit_if_asked()                           # the signal went to all of them
+                raise UserError("the rollout workers did not start (their message is above); they "
+                                "import your script: call moto.main under `if __name__ == "
+                                "\"__main__\":`, register agents above it; or use --workers 1"
+                                ) from None
+
+    def each(self, function, items):
+        """function(cfg, env, item) for each item, in order, as a generator."""
+        if self.pool is None:
+            yield from (function(self.cfg, self.env, item) for item in items)
+            return
+        try:
+            yield from self.pool.map(functools.partial(call_here, function), items)
+        except BrokenExecutor:
+            exit_if_asked()                               # the signal went to all of them
+            raise EpisodeError("a process that plays episodes died (out of memory?); repeat the "
+                               "command with --workers 1") from None
+
+    def play(self, policy, seeds, sample):
+        """A `rollout` per seed with the policy's present weights, as a generator."""
+        if self.pool is None:
+            return (rollout(self.cfg, self.env, policy, seed, sample) for seed in seeds)
+        weights = {name: value.cpu().numpy().copy() for name, value in policy.state_dict().items()
+                   if not name.startswith(policy.idle)}
+        return self.each(play_here, [(weights, seed, sample) for seed in seeds])
+
+    def close(self):
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+
+def cores():
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def machine(device):
+    """The name of the GPU, or of the processor with the number of cores."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    name = platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return f"{cores()} cores of {name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def gpu_memory_gb(device):
+    """The most GPU memory that tensors held at once, in GiB; zero on a CPU."""
+    if not device.startswith("cuda"):
+        return 0.0
+    return round(torch.cuda.max_memory_allocated(device) / 2 ** 30, 2)
+
+
+def peak_memory_gb():
+    """The largest resident memory this process ever had, in GiB; None on Windows."""
+    with contextlib.suppress(ImportError):
+        import resource
+        unit = 2 ** 20 if sys.platform.startswith("linux") else 2 ** 30
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
+
+
+# ---- A run: its folder, its state, its checkpoint ------------------------------------------------
 
 @contextlib.contextmanager
 def decorative(what):
@@ -1741,11 +1637,15 @@ MAY_CHANGE = {"logdir", "device", "cache", "data", "online_episodes", "eval_ever
 
 
 def differences(then, now, besides=MAY_CHANGE):
-    """What differs between two configs (dicts, perhaps of two versions) -> {name: both values}."""
-    pairs = {name: tuple(repr(config[name]) if name in config else "nothing"
-                         for config in (then, now))
+    """What differs between two configs (dicts) -> {name: both values}."""
+    pairs = {name: (then.get(name, "nothing"), now.get(name, "nothing"))
              for name in {**then, **now} if name not in besides}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def planned_updates(cfg):
+    """N + U per online episode."""
+    return cfg.offline_updates + cfg.online_episodes * cfg.updates_per_episode
 
 
 class Run:
@@ -1795,32 +1695,31 @@ class Run:
         """The newest whole checkpoint, or None where there is no run. Raises UserError on one that
         cannot be continued with this config. Weights only: a stranger's file runs nothing."""
         damaged = False
-        for path in (self.dir / "checkpoint.pt", self.dir / "checkpoint.previous.pt"):
+        for name in "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.new.pt":
             try:
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                checkpoint = torch.load(self.dir / name, map_location="cpu", weights_only=True)
+                config, done = checkpoint["config"], checkpoint["state"]["updates"]
                 break
             except FileNotFoundError:
                 continue
             except Exception as error:
                 damaged = True
-                print(f"warning: {path} is damaged ({type(error).__name__}); trying the one before",
+                print(f"warning: {self.dir / name} cannot be read ({type(error).__name__})",
                       file=sys.stderr)
         else:
             rows = read_metrics(self.dir / "metrics.jsonl")
             scored = any(row.get("evaluation") in ("offline", "final") for row in rows)
-            if damaged or scored or any((self.dir / name).exists() for name in
-                                        ("agent.pt", "result.json")):
+            if damaged or scored or (self.dir / "agent.pt").exists():
                 cause = "no checkpoint of it can be read" if damaged else "without its checkpoint"
                 raise UserError(f"{self.dir} holds a run, {cause}: it cannot be continued; choose "
                                 "another --logdir or remove the folder")
             return None
         changed = [f"{name} ({there} there, {here} now)" for name, (there, here) in
-                   differences(checkpoint["config"], dataclasses.asdict(self.cfg)).items()]
+                   differences(config, dataclasses.asdict(self.cfg)).items()]
         if changed:
-            raise UserError(f"{self.dir} was made with another config: {'; '.join(changed)}; "
-                            "repeat its flags or choose another --logdir (what another version "
-                            "made goes on with the moto.py in that folder)")
-        done, planned = checkpoint["state"]["updates"], planned_updates(self.cfg)
+            raise UserError(f"{self.dir} has another config: {'; '.join(changed)}; repeat its "
+                            "flags, choose another --logdir, or use the moto.py there")
+        planned = planned_updates(self.cfg)
         if done > planned:
             raise UserError(f"{self.dir} has {done} updates, more than the {planned} of this "
                             "budget; repeat its --online-episodes or more")
@@ -1846,14 +1745,10 @@ class Run:
             agent = torch.load(path, map_location="cpu", weights_only=True)
             self.agent.load_acting(agent["modules"])
             self.state["updates"] = agent["updates"]
-        except FileNotFoundError:
-            raise UserError(f"{self.dir} has no agent.pt, which a run writes with its first "
-                            f"checkpoint; train one with: python moto.py --task {self.cfg.task}"
-                            ) from None
-        except Exception as error:                        # pickle, zip, another version's weights
-            raise UserError(f"{path} cannot be used ({type(error).__name__}: {error}); it is "
-                            "damaged, or another version's: use the moto.py in that folder"
-                            ) from None
+        except Exception as error:                        # missing, damaged, of another version
+            raise UserError(f"{path} cannot be used ({type(error).__name__}: {error}); train a run "
+                            "(it has an agent.pt from its first checkpoint on), or use the moto.py "
+                            "in that folder") from None
 
     def open_data(self):
         """Bring offline and, on resuming, online episodes into memory. Raises UserError where they
@@ -1874,22 +1769,23 @@ class Run:
             for name in ("image", "action", "reward", "terminal"):
                 digest.update(np.ascontiguousarray(episode[name]))
             rewards.append(episode["reward"])
-        if cfg.reward_head == "bernoulli" and not np.isin(np.concatenate(rewards), (0, 1)).all():
-            raise UserError("a reward in the offline data is neither 0 nor 1; use --reward-head "
-                            "normal")
+        self.check_reward(np.concatenate(rewards))
         if steps < cfg.length:
             raise UserError(f"the offline data has {steps} steps, fewer than one sequence; lower "
                             "--length")
         if self.state.setdefault("data", digest.hexdigest()) != digest.hexdigest():
-            raise UserError(f"the offline data is not what {self.dir} began with; give it the "
-                            "--data or --cache of then (made on another machine: --data with that "
-                            "cache's folder), or choose another --logdir")
+            raise UserError(f"the offline data is not what {self.dir} began with; give its --data "
+                            "or --cache, or choose another --logdir")
         peak = max(reward.max() for reward in rewards)
         self.demo_threshold = min((episode_score(cfg, reward)[0] for reward in rewards
                                    if 0 < reward.max() == peak), default=math.inf)
         for index in range(self.state["episodes"]):
             self.add_online(index)
         self.clock("demonstrations", started)
+
+    def check_reward(self, reward):
+        if self.cfg.reward_head == "bernoulli" and not np.isin(reward, (0, 1)).all():
+            raise UserError("a reward is neither 0 nor 1; use --reward-head normal")
 
     def add_online(self, index):
         """Bring a saved online episode into memory. DEPARTURE: one that is as good as the worst
@@ -1898,6 +1794,7 @@ class Run:
         path = self.episode_path(index)
         episode = load_episode(path, self.cfg.image_size, self.env.action_size)
         start, reward = self.replay.add(episode, False, "online"), episode["reward"]
+        self.check_reward(reward)
         score, peak = episode_score(self.cfg, reward)
         if score >= self.demo_threshold:
             self.replay.join(start, progress_mask(self.cfg, reward[:peak + 1 + DEMO_TAIL]))
@@ -1924,25 +1821,22 @@ class Run:
         write_json(self.dir / "config.json", {
             "config": dataclasses.asdict(self.cfg), "versions": versions,
             "device": machine(self.cfg.device), "environment": self.env.describe(), "git": dirty})
-        for source in {__file__, *map(inspect.getfile, (type(self.agent), type(self.env)))}:
-            text = Path(source).read_bytes()
-            write_atomically(self.dir / Path(source).name, lambda file: file.write(text))
+        for part in MOTO, type(self.agent), type(self.env):
+            with contextlib.suppress(OSError, TypeError):              # of a notebook's cell
+                source = Path(inspect.getfile(part))
+                write_atomically(self.dir / source.name, lambda f: f.write(source.read_bytes()))
 
     def forget_later_metrics(self):
-        """Keep the lines of metrics.jsonl that are no later than the checkpoint. SHARP: what is
-        logged between two updates, an evaluation or an episode, may be later than a checkpoint of
-        the same update."""
-        path, state = self.dir / "metrics.jsonl", self.state
-        if not path.exists():
-            return
-        begun, kept = state["updates"] or state["scores"], []
-        for row in read_metrics(path) if begun else ():
-            scored = row.get("evaluation", "final") in {*state["scores"], "final"}
-            played = row.get("episode", -1) < state["episodes"]
-            if row["updates"] < state["updates"] or (
-                    row["updates"] == state["updates"] and scored and played):
+        """Keep the lines of metrics.jsonl that are no newer than the checkpoint. SHARP: a score or
+        an episode is logged between updates: it can be newer at the same update count."""
+        path, state, kept = self.dir / "metrics.jsonl", self.state, []
+        for row in read_metrics(path):
+            scored = row.get("evaluation") in {None, *state["scores"]}
+            between = scored and row.get("episode", -1) < state["episodes"]
+            if row["updates"] < state["updates"] or row["updates"] == state["updates"] and between:
                 kept.append(json.dumps(row) + "\n")
-        write_atomically(path, lambda file: file.write("".join(kept).encode()))
+        if path.exists():
+            write_atomically(path, lambda file: file.write("".join(kept).encode()))
 
     def log(self, row):
         """Append a line to metrics.jsonl."""
@@ -1963,8 +1857,7 @@ class Run:
             metrics = self.agent.update(sample_batch(cfg, self.rng, self.replay))
         except FloatingPointError as error:
             raise UserError(f"{error} at update {n}; lower --model-lr, --actor-lr and --critic-lr "
-                            "or use --precision float32: the last good checkpoint is kept, in "
-                            f"{self.dir}") from None
+                            "or use --precision float32") from None
         self.state["updates"] = n
         self.clock(stage, started)
         pending = self.state["pending"]
@@ -1994,19 +1887,57 @@ class Run:
             self.score(f"update {n}", max(1, self.cfg.final_episodes // 5))
 
 
-# --------------------------------------------------------------------------------------------------
-# Pictures of a run
-# --------------------------------------------------------------------------------------------------
+# ---- The two loops -------------------------------------------------------------------------------
 
-def read_metrics(path):
-    """The lines of a metrics.jsonl as dicts, without a half-written last one; a missing file has
-    none."""
-    rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
+def collect_online(run):
+    """Play one sampled episode, save it, and add it to the replay."""
+    cfg, state, started, index = run.cfg, run.state, time.perf_counter(), run.state["episodes"]
+    seed = episode_seed(cfg, "online", index)
+    episode = rollout(cfg, run.env, run.agent.ema_policy, seed, sample=True)
+    success = episode.pop("success")
+    save_episode(run.episode_path(index), **episode)
+    run.add_online(index)
+    state["episodes"] += 1
+    state["env_steps"] += len(episode["action"])
+    run.clock("acting", started)
+    run.log({"episode": index, "episode/success": float(success),
+             "episode/return": sum(episode["reward"])})
 
+
+def pretrain(run):
+    """Offline: updates on the static data alone, then the offline score."""
+    cfg, state = run.cfg, run.state
+    done = min(state["updates"], cfg.offline_updates)
+    with tqdm(total=cfg.offline_updates, initial=done, desc="offline") as bar:
+        while state["updates"] < cfg.offline_updates:
+            run.score_on_the_way()
+            run.update(bar, "offline")
+    if state["updates"] == cfg.offline_updates:
+        run.save()                                        # a score has a checkpoint beside it
+        run.score("offline", cfg.final_episodes)
+        run.save()
+
+
+def finetune(run):
+    """Online: one episode with the sampled policy, then U updates on old and new data together;
+    again. Ends with the final score; without online episodes that is the offline score."""
+    cfg, state = run.cfg, run.state
+    total, done = planned_updates(cfg) - cfg.offline_updates, state["updates"] - cfg.offline_updates
+    with tqdm(total=total, initial=done, desc="online", disable=not total) as bar:
+        while state["updates"] < planned_updates(cfg):
+            state["scores"].pop("final", None)                         # of a run that was shorter
+            run.score_on_the_way()
+            done = state["updates"] - cfg.offline_updates
+            if done == state["episodes"] * cfg.updates_per_episode:
+                collect_online(run)
+            run.update(bar, "online")
+    if not total:
+        state["scores"]["final"] = state["scores"]["offline"]
+    run.score("final", cfg.final_episodes)
+    run.save()
+
+
+# ---- Pictures of a run ---------------------------------------------------------------------------
 
 def as_sequence(agent, episode):
     """An episode as one sequence for WorldModel.observe: x (1, T, 3, P, P), a (1, T, A), is_first
@@ -2023,8 +1954,7 @@ def open_loop(agent, episode, seen, steps):
 
     Returns the true and the model's images, uint8 (T, P, P, 3), disagreement u (T,) in units of its
     mean on the data (zero where images are seen) and predicted reward (T,). In each step z is the
-    mean of the K means.
-    """
+    mean of the K means."""
     model, (x, a, is_first) = agent.model, as_sequence(agent, episode)
     T = min(seen + steps, x.shape[1])
     h, z, *_ = (v[0] for v in model.observe(x[:, :seen], a[:, :seen], is_first[:, :seen]))
@@ -2152,9 +2082,7 @@ def draw_curve(cfg, rows, path):
     save_figure(fig, path)
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line
-# --------------------------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------
 
 CONFIG = {f.name for f in dataclasses.fields(Config)}
 
@@ -2192,21 +2120,14 @@ def parse(argv):
     add_config_flags(parser)
     given = vars(parser.parse_args(argv))
     commands = {name: given.pop(name) for name in ("evaluate", "episodes") if name in given}
-    check_use(commands, given)
-    return build_config(**given), commands, given
-
-
-def check_use(commands, given):
-    """Raise UserError on a flag that would be ignored: --episodes in training, one of training with
-    --evaluate."""
-    this, other, unused = "training", "--evaluate", commands
-    if "evaluate" in commands:
-        this, other, unused = other, this, given.keys() - {"workers", "device"}
-    if unused:
-        name = min(unused).replace("_", "-")
-        raise UserError(f"--{name} is not used by {this}, only by {other}; leave it out")
+    for name in given.keys() - {"workers", "device"} if "evaluate" in commands else ():
+        raise UserError(f"--{name.replace('_', '-')} is not used by --evaluate, only by training; "
+                        "leave it out")
+    if "episodes" in commands and "evaluate" not in commands:
+        raise UserError("--episodes is not used by training, only by --evaluate; leave it out")
     if commands.get("episodes", 1) < 1:
         raise UserError(f"--episodes is {commands['episodes']} but must be at least 1")
+    return build_config(**given), commands, given
 
 
 def build_config(**given):
@@ -2226,8 +2147,6 @@ def build_config(**given):
     preset, task = given["preset"], given.get("task")
     task = TASKS[preset].get(task, {}) | TUNED[preset].get(task, {})
     cfg = Config(**(PRESETS[preset] | task | VARIANTS[given["variant"]] | given))
-    if cfg.precision == "auto":
-        cfg.precision = "bfloat16" if gpu or bfloat16_pays() else "float32"
     cfg.workers = cfg.workers or min(8, cores())
     if cfg.reward_head == "auto":
         sparse = not cfg.task.startswith(("gym:", "kitchen-"))
@@ -2235,6 +2154,12 @@ def build_config(**given):
     cfg.logdir = cfg.logdir or f"runs/{run_name(cfg.task, cfg.variant, cfg.seed)}"
     for name in ("logdir", "data", "cache"):
         setattr(cfg, name, os.path.expanduser(getattr(cfg, name)))
+    if cfg.precision == "auto":                           # a run keeps what it began with
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            before = json.loads((Path(cfg.logdir) / "config.json").read_text())["config"]
+            cfg.precision = before["precision"]
+    if cfg.precision == "auto":
+        cfg.precision = "bfloat16" if gpu or bfloat16_pays() else "float32"
     check_config(cfg)
     return cfg
 
@@ -2258,11 +2183,6 @@ def run_name(task, variant, seed):
     return f"{task.replace(':', '-').replace('/', '-')}-{variant}-seed{seed}"
 
 
-def cores():
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def within(value, interval):
     """Whether a number lies in an interval such as "[0, 1)"."""
     low, high = map(float, interval[1:-1].split(","))
@@ -2275,57 +2195,18 @@ def check_config(cfg):
     rules = [(f.name, within(getattr(cfg, f.name), f.metadata["allowed"]),
               f"in {f.metadata['allowed']}")
              for f in dataclasses.fields(cfg) if f.metadata["allowed"]]
+    gpus = torch.cuda.device_count()
+    devices = ["cpu", *["cuda"] * bool(gpus), *(f"cuda:{index}" for index in range(gpus))]
     rules += [("image_size", cfg.image_size % 16 == 0, "a multiple of 16"),
               ("precision", cfg.precision in ("float32", "bfloat16"), "auto, float32 or bfloat16"),
               ("reward_head", cfg.reward_head in ("bernoulli", "normal"),
-               "auto, bernoulli or normal")]
+               "auto, bernoulli or normal"),
+              ("device", cfg.device in devices, f"cpu, cuda or cuda:N; torch sees {gpus or 'no'} "
+               "GPU: use --device cpu or a CUDA build of torch")]
     for name, fine, rule in rules:
         if not fine:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is {getattr(cfg, name)!r} but must be {rule}")
-    kind, _, index = cfg.device.partition(":")
-    if kind not in ("cpu", "cuda") or kind == "cpu" and index or not (index or "0").isdigit():
-        raise UserError(f"--device {cfg.device} is none that this program knows; use cpu, cuda or "
-                        "cuda:1")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {cfg.device}: torch sees {torch.cuda.device_count() or 'no'} "
-                        "GPU; use --device cpu or a CUDA build of torch")
-
-
-def train(cfg):
-    """The main job: demonstrations, pretrain, finetune, result.json, pictures."""
-    folder = Path(cfg.logdir)
-    with lock(folder):
-        for partial in folder.glob("*.[0-9]*.partial"):   # of a process that died while writing
-            if not partial.name.startswith("evaluate"):   # which --evaluate may be writing now
-                partial.unlink()
-        run = Run(cfg)
-        try:
-            announce(run)
-            run.open_data()
-            run.forget_later_metrics()
-            run.describe()
-            try:
-                pretrain(run)
-                finetune(run)
-            except (Stopped, EpisodeError):
-                run.save()
-                raise
-            finish(run)
-        finally:
-            run.close()
-
-
-def announce(run):
-    """Print what will be trained, where, and how it differs from what its names say."""
-    cfg, updates = run.cfg, run.state["updates"]
-    print(f"{cfg.task}, {cfg.variant}, seed {cfg.seed}, preset {cfg.preset}, {cfg.device}, "
-          f"{cfg.precision}, renderer: {run.env.describe().get('renderer', 'its own')} -> {run.dir}"
-          + f"; continuing at update {updates}" * bool(updates))
-    changed = [f"{name} {getattr(cfg, name)} for its {value}" for name, value in
-               VARIANTS[cfg.variant].items() if getattr(cfg, name) != value]
-    if changed:
-        print(f"note: this is {cfg.variant} with {', '.join(changed)}")
 
 
 def lock(folder):
@@ -2350,20 +2231,31 @@ def lock(folder):
     return file
 
 
+def announce(run):
+    """Print what will be trained, where, and how it differs from what its names say."""
+    cfg, updates = run.cfg, run.state["updates"]
+    print(f"{cfg.task}, {cfg.variant}, seed {cfg.seed}, preset {cfg.preset}, {cfg.device}, "
+          f"{cfg.precision}, renderer: {run.env.describe().get('renderer', 'its own')} -> {run.dir}"
+          + f"; continuing at update {updates}" * bool(updates))
+    changed = [f"{name} {getattr(cfg, name)} for its {value}" for name, value in
+               VARIANTS[cfg.variant].items() if getattr(cfg, name) != value]
+    if changed:
+        print(f"note: this is {cfg.variant} with {', '.join(changed)}")
+
+
 def finish(run):
     """result.json of a finished run, then its pictures."""
     cfg, state = run.cfg, run.state
     offline, final = state["scores"]["offline"], state["scores"]["final"]
     seconds = {stage: round(value, 1) for stage, value in state["seconds"].items()}
-    kitchen = {f"{name}_{key}": score[key] for key in ("completed", "counts")
-               for name, score in (("offline", offline), ("final", final)) if key in score}
+    scores = {f"{phase}_{key}": value for phase in ("offline", "final")
+              for key, value in state["scores"][phase].items()
+              if key in ("success", "return", "completed", "counts")}
     write_json(run.dir / "result.json", {
-        "task": cfg.task, "variant": cfg.variant, "seed": cfg.seed, "preset": cfg.preset,
-        "offline_success": offline["success"], "final_success": final["success"],
-        "offline_return": offline["return"], "final_return": final["return"],
-        "eval_episodes": final["episodes"], **kitchen,
-        "updates": state["updates"], "env_steps": state["env_steps"],
-        "wall_seconds": seconds | {"total": round(sum(seconds.values()), 1)}, "device": cfg.device,
+        "task": cfg.task, "variant": cfg.variant, "seed": cfg.seed, "preset": cfg.preset, **scores,
+        "eval_episodes": final["episodes"], "updates": state["updates"],
+        "env_steps": state["env_steps"], "device": cfg.device,
+        "wall_seconds": seconds | {"total": round(sum(seconds.values()), 1)},
         "peak_memory_gb": peak_memory_gb(), "gpu_memory_gb": gpu_memory_gb(cfg.device)})
     print(f"success offline {offline['success']:.0%}, final {final['success']:.0%} (over "
           f"{final['episodes']} fresh episodes) in {sum(seconds.values()) / 60:.1f} minutes; "
@@ -2382,30 +2274,28 @@ def finish(run):
             run.env.draw(run, run.dir / "combination.png")
 
 
-def machine(device):
-    """The name of the GPU, or of the processor with the number of cores."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    name = platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return f"{cores()} cores of {name} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def gpu_memory_gb(device):
-    """The most GPU memory that tensors held at once, in GiB; zero on a CPU."""
-    if not device.startswith("cuda"):
-        return 0.0
-    return round(torch.cuda.max_memory_allocated(device) / 2 ** 30, 2)
-
-
-def peak_memory_gb():
-    """The largest resident memory this process ever had, in GiB; None on Windows."""
-    with contextlib.suppress(ImportError):
-        import resource
-        unit = 2 ** 20 if sys.platform.startswith("linux") else 2 ** 30
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
+def train(cfg):
+    """The main job: demonstrations, pretrain, finetune, result.json, pictures."""
+    folder = Path(cfg.logdir)
+    with lock(folder):
+        for partial in folder.glob("*.[0-9]*.partial"):   # of a process that died while writing
+            if not partial.name.startswith("evaluate"):   # which --evaluate may be writing now
+                partial.unlink()
+        run = Run(cfg)
+        try:
+            announce(run)
+            run.open_data()
+            run.forget_later_metrics()
+            run.describe()
+            try:
+                pretrain(run)
+                finetune(run)
+            except (Stopped, EpisodeError):
+                run.save()
+                raise
+            finish(run)
+        finally:
+            run.close()
 
 
 def open_run(logdir, **given):
