@@ -523,7 +523,7 @@ def imagine(model, actor, h, z, horizon):
         k = torch.randint(K, (N,), device=h.device), torch.arange(N, device=h.device)
         z = means[k] + stds[k] * torch.randn_like(z)
     return {"feat": torch.stack(feats), "a": torch.stack(actions), "logp": torch.stack(logps),
-            "u": torch.stack(us)}
+            "u": torch.stack(us) if us else h.new_zeros(0, N)}          # H = 0: no model at all
 
 
 # ---- Value expansion and the critic --------------------------------------------------------------
