@@ -2381,6 +2381,52 @@ def test_a_stop_between_two_lines_of_metrics_loses_none_of_their_means(
     assert len(rows) == 3                                     # two of updates, and the score
 
 
+def test_a_run_keeps_the_precision_it_began_with(tmp_path, monkeypatch):
+    """The trial that decides on bfloat16 may end otherwise on a busy machine."""
+    monkeypatch.setattr(moto, "bfloat16_pays", lambda: True)
+    assert moto.build_config(device="cpu", logdir=str(tmp_path)).precision == "bfloat16"
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"precision": "float32"}}))
+    assert moto.build_config(device="cpu", logdir=str(tmp_path)).precision == "float32"
+
+
+def test_a_whole_checkpoint_that_was_not_yet_renamed_is_read(finished, dots, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    folder = tmp_path / "run"
+    (folder / "checkpoint.pt").rename(folder / "checkpoint.new.pt")
+    (folder / "checkpoint.previous.pt").write_bytes(b"damaged")
+    assert run(dots, folder, save_every=100) == 0
+    assert json.loads((folder / "result.json").read_text())["updates"] == 14
+
+
+def test_a_final_score_that_the_checkpoint_does_not_know_is_logged_once(finished, dots, tmp_path):
+    """A kill between the score and the checkpoint after it."""
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    del checkpoint["state"]["scores"]["final"]
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    assert run(dots, folder) == 0
+    rows = moto.read_metrics(folder / "metrics.jsonl")
+    assert [row.get("evaluation") for row in rows].count("final") == 1
+
+
+def test_an_agent_without_a_source_file_can_train(dots, tmp_path):
+    code = ("class Mine(moto.BC):\n pass\nmoto.AGENTS['mine'], moto.VARIANTS['mine'] = Mine, {}\n"
+            "sys.exit(moto.main(sys.argv[1:]))")
+    own = dict(variant="mine", data=dots, logdir=tmp_path / "run", online_episodes=0)
+    done = child(code, *tiny_flags(**own))
+    assert done.returncode == 0 and (tmp_path / "run" / "moto.py").exists(), done.stderr
+
+
+def test_online_rewards_must_fit_the_reward_head(dots, tmp_path):
+    own = dict(data=str(dots), logdir=str(tmp_path), reward_head="bernoulli")
+    started = moto.Run(tiny(**own))
+    started.open_data()
+    image = np.zeros((13, 16, 16, 3), np.uint8)
+    moto.save_episode(started.episode_path(0), image, np.zeros((12, 2)), [0] * 11 + [2])
+    with pytest.raises(moto.UserError, match="--reward-head normal"):
+        started.add_online(0)
+
+
 # --------------------------------------------------------------------------------------------------
 # The real simulator
 # --------------------------------------------------------------------------------------------------
