@@ -1741,7 +1741,7 @@ def test_readmes_results_are_what_reproduce_prints_for_the_committed_runs(monkey
 
 def test_two_processes_do_not_train_in_one_folder(dots, tmp_path, capsys):
     fcntl = pytest.importorskip("fcntl")
-    names = "checkpoint.new.pt", "checkpoint.new.pt.7.partial"
+    names = "agent.pt.7.partial", "checkpoint.new.pt.7.partial"
     half = {tmp_path / name: name.encode() for name in names}
     with open(tmp_path / ".lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
