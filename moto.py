@@ -6,7 +6,8 @@ from pixels.
     python moto.py --evaluate experiments/agents/drawer-open    # score an agent on fresh episodes
     python moto.py --help                                  # every number, its symbol, its source
 
-experiments/ has the model-free baselines, many runs with their table, and the benchmark.
+experiments/ has the model-free baselines, many runs with their table, the benchmark, and the tasks
+beyond Meta-World: Franka Kitchen and any Gymnasium environment.
 
 The paper: Rafailov, Hatch, Kolev, Martin, Phielipp, Finn, "MOTO: Offline Pre-training to Online
 Fine-tuning for Model-based Robot Learning", CoRL 2023, arXiv 2401.03306.
