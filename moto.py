@@ -2089,8 +2089,8 @@ CONFIG = {f.name for f in dataclasses.fields(Config)}
 
 
 def add_config_flags(parser):
-    """Give an argparse parser one flag per field of Config, absent from its result unless given,
-    and the presets and variants as its epilog."""
+    """Give an argparse parser one flag per field of Config, and the presets and variants as its
+    epilog. The parser's argument_default is SUPPRESS: a flag is in its result only where given."""
     presets = "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in changes.items())}"
                         for name, changes in PRESETS.items() if changes)
     parser.epilog = (f"Defaults are those of the preset laptop. Others: {presets}. Variants: "
@@ -2101,8 +2101,7 @@ def add_config_flags(parser):
         kind = {"type": f.type, "metavar": f.type.__name__.upper()}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text,
-                            **kind)
+        parser.add_argument(f"--{f.name.replace('_', '-')}", help=text, **kind)
 
 
 def parse(argv):
@@ -2330,6 +2329,7 @@ def evaluate_run(logdir, episodes=None, **given):
         if isinstance(run.agent, MOTO) and hasattr(run.env, "draw"):
             with decorative("evaluate-combination.png"):
                 result |= run.env.draw(run, run.dir / "evaluate-combination.png")
+                print(f"wrote {run.dir / 'evaluate-combination.png'}", file=sys.stderr)
     finally:
         run.close()
     print(json.dumps({"task": cfg.task, "variant": cfg.variant, "seed": cfg.seed,

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 import moto
 
-EXTRA = ("pip install gymnasium-robotics==1.4.2 'minari[hdf5,hf]==0.5.4' (the extra for "
-                 "Franka Kitchen)")
+EXTRA = ("pip install gymnasium-robotics==1.4.2 'minari[hdf5,hf]==0.5.4' (the extra for Franka "
+         "Kitchen)")
 OPEN, SHUT = 1.0, -1.0                                    # the action of both fingers
 
 # Object: the site that its way-points are relative to; the way-points with what the fingers do
