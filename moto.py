@@ -15,22 +15,25 @@ Fine-tuning for Model-based Robot Learning", CoRL 2023, arXiv 2401.03306.
 The algorithm:
     1. collect a few demonstrations (images, actions, sparse rewards)
     2. repeat N times on the demonstrations alone (offline), then U times after each new episode
-       (online; one that succeeds joins the demonstrations):
+       (online):
     3.     sample B sequences of T steps
-    4.     world model: filter the images into latents (Eq 1); learn to predict the next latent with
-           K heads (Eq 2), the image and the reward (Eq 3): the evidence lower bound (Eq 4, 5)
-    5.     from every real latent imagine H steps under the current policy (Eq 8); where the K heads
-           disagree (Eq 6) the predicted reward is lowered (Eq 7)
-    6.     expand the value along the imagined steps (Eq 9)
-    7.     critic: regress on it, at the real action and at the imagined ones (Eq 10, 11, 12)
-    8.     actor: raise it through the model, and stay near the demonstrations (Eq 13, 14, 15)
+    4.     offline: the behaviour prior b(a|e) imitates the demonstrations; e, the feature of three
+           images, learns with it (Eq 13, 15). Online both stay as they are
+    5.     world model: filter the images into latents (Eq 1); learn to predict the next latent with
+           K heads (Eq 2), the image, the reward and e (Eq 3): the evidence lower bound (Eq 4, 5)
+    6.     from real latents imagine H decisions of the current policy: each corrects b's actions
+           for k steps (Eq 8); where the K heads disagree (Eq 6) the reward is lowered (Eq 7)
+    7.     expand the value along the imagined steps (Eq 9); critic: regress on it, at the real
+           corrections (Eq 10, 11, 12)
+    8.     online: actor: raise the critics' value of its correction, and keep it small (Eq 14)
 Theorem B.1 says why lowering the reward is safe (Eq 16, on a table).
 
 Axes:    B batch, T time, H horizon, K ensemble, A action, E embedding, D deterministic,
-         S stochastic, F = D + S (feature), N = B * T, P pixels a side, L steps of an episode.
+         S stochastic, F = D + S (state), N = B * T, P pixels a side, L steps of an episode.
 Letters: x image, a action, r reward, z stochastic latent, h deterministic latent, s = (h, z),
-         u disagreement, gamma discount, lam the mixing weight of Eq 9, alpha the penalty,
-         beta the behaviour weight, eta the entropy weight.
+         e feature of three images, b the behaviour prior's mean action, d correction in units of
+         its bound c, k steps for which it is held, u disagreement, gamma discount, lam the mixing
+         weight of Eq 9, alpha the penalty, beta the behaviour weight.
 Time:    a[t] and r[t] are the action that led INTO x[t] and the reward received on arriving there;
          a[0] = 0, r[0] = 0. So the action that leaves s[t] is a[t+1].
 Sharp edges are marked "SHARP"; departures from the paper "DEPARTURE" (README lists them all).
@@ -77,9 +80,8 @@ class Config:
     demo_noise: float = opt(0.1, "standard deviation of the noise on scripted actions", "[0, inf)")
     cache: str = opt("runs/demos", "where demonstrations are kept for the next run")
     offline_fraction: float = opt(0.5, "online: share of a batch from the offline data", "[0, 1]")
-    batch: int = opt(16, "B, sequences per batch [LOMPO: 64]", "[1, inf)")
-    length: int = opt(16, "T, steps per sequence [LOMPO: 50]", "[4, inf)")
-    shift: int = opt(3, "random shifts of images, in pixels (DEPARTURE) [DrQ: 4 of 84]", "[0, inf)")
+    batch: int = opt(12, "B, sequences per batch [LOMPO: 64]", "[1, inf)")
+    length: int = opt(24, "T, steps per sequence [LOMPO: 50]", "[4, inf)")
     # World model
     channels: int = opt(16, "width of the first convolution; it doubles three times", "[1, inf)")
     deter: int = opt(256, "D, size of h [LOMPO: 256]", "[1, inf)")
@@ -89,87 +91,73 @@ class Config:
     free_nats: float = opt(1.0, "Eq 5: a KL below this is left alone [DreamerV2: 1]", "[0, inf)")
     reward_scale: float = opt(10.0, "c_r, Eq 4: weight of the reward's -ln p(r|s)", "[0, inf)")
     reward_head: str = opt("auto", "p(r|s), Eq 3: normal, or bernoulli (r is 0 or 1: Meta-World)")
-    bc_repr_weight: float = opt(10.0, "behaviour term on encoder, RSSM (DEPARTURE)", "[0, inf)")
-    context: int = opt(0, "images that the acting filter sees (DEPARTURE); 0: all", "[0, inf)")
-    reset_prob: float = opt(0.25, "state resets per step, behaviour term (DEPARTURE)", "[0, 1]")
-    latent_std_scale: float = opt(1.0, "times the posterior's std, for the behaviour term and "
-                                  "sampled episodes (DEPARTURE)", "[0, inf)")
     # Value expansion, critic, actor
-    horizon: int = opt(5, "H, imagined steps [LOMPO: 5]", "[1, inf)")
+    hold: int = opt(8, "k, steps for which a correction is held (DEPARTURE)", "[1, inf)")
+    horizon: int = opt(1, "H, imagined decisions of k steps [LOMPO: 5 of 1]", "[0, inf)")
     gamma: float = opt(0.98, "discount", "[0, 1)")
-    lam: float = opt(0.95, "Eq 9: 0 one-step values, 1 whole horizon [DreamerV2: 0.95]", "[0, 1]")
+    lam: float = opt(0.95, "Eq 9: 0 one decision, 1 whole horizon [DreamerV2: 0.95]", "[0, 1]")
     alpha: float = opt(1.0, "penalty, Eq 7: reward lost where u is twice its mean", "[0, inf)")
-    beta: float = opt(1.0, "weight of the behaviour term, Eq 14", "[0, inf)")
-    eta: float = opt(1e-4, "weight of the entropy term, Eq 14", "[0, inf)")
-    pixel_prior: bool = opt(False, "a second behaviour prior, on stacked images, gives the "
-                            "behaviour term's targets in online states (DEPARTURE)")
-    min_std: float = opt(0.05, "smallest standard deviation of the policy (DEPARTURE)", "(0, inf)")
-    imitate_ahead: int = opt(0, "see progress_mask (DEPARTURE); 0: imitate all", "[0, inf)")
-    real_weight: float = opt(1.0, "weight of real transitions, Eq 11", "[0, inf)")
-    target_rate: float = opt(0.1, "Eq 12: step of the target critics to the critics", "[0, 1]")
+    critics: int = opt(5, "critics; the smaller one of two drawn is used [REDQ: 10]", "[1, inf)")
+    imagined: float = opt(0.0, "share of imagined transitions in the critic's loss", "[0, 1]")
+    bound: float = opt(0.15, "c, the largest correction of the behaviour prior's action "
+                       "(DEPARTURE)", "(0, 2]")
+    beta: float = opt(0.05, "weight of the correction's square, Eq 14; 0: the policy is the "
+                      "correction alone, without the behaviour prior", "[0, inf)")
+    noise: float = opt(0.4, "std of the noise on online corrections, in units of c", "[0, inf)")
+    warmup: int = opt(15, "online episodes before the actor learns", "[0, inf)")
+    min_std: float = opt(0.05, "smallest standard deviation of the prior (DEPARTURE)", "(0, inf)")
+    shift: int = opt(3, "random shifts of images in cloning, in pixels [DrQ: 4 of 84]", "[0, inf)")
+    target_rate: float = opt(0.02, "Eq 12: step of the target critics to the critics", "[0, 1]")
     ema_rate: float = opt(0.005, "smallest step of the averaged weights (DEPARTURE)", "[0, 1]")
     model_lr: float = opt(6e-4, "learning rate of the world model [LOMPO: 6e-4]", "(0, inf)")
     actor_lr: float = opt(3e-4, "learning rate of the actor [LOMPO: 3e-4]", "(0, inf)")
     critic_lr: float = opt(1e-3, "learning rate of the critics [LOMPO: 3e-4]", "(0, inf)")
     # Loops
-    offline_updates: int = opt(500, "N, offline updates [paper: 1000, Meta-World]", "[0, inf)")
-    online_episodes: int = opt(45, "online episodes [paper: up to 500]", "[0, inf)")
+    offline_updates: int = opt(1000, "N, offline updates [paper: 1000, Meta-World]", "[0, inf)")
+    online_episodes: int = opt(30, "online episodes [paper: up to 500]", "[0, inf)")
     updates_per_episode: int = opt(20, "U, updates after each of them [paper: 50]", "[1, inf)")
     eval_every: int = opt(200, "updates between evaluations on the way", "[1, inf)")
-    eval_stochastic: bool = opt(False, "evaluations sample actions (DEPARTURE)")
     final_episodes: int = opt(50, "episodes per offline and final score; else a fifth", "[1, inf)")
-    action_noise_scale: float = opt(1.0, "times the sampled policy's std (DEPARTURE)", "[0, inf)")
     log_every: int = opt(25, "updates per line of metrics.jsonl", "[1, inf)")
     save_every: int = opt(250, "updates between checkpoints", "[1, inf)")
 
 
 DEMO_TAIL = 10              # agent steps that a demonstration goes on after its first success
-FRAMES = 3                  # images stacked for policies without a world model [paper: 3]
+FRAMES = 3                  # images that the feature e sees [paper's baselines: 3]
 GRAD_CLIP = 100.0           # largest norm of each optimiser's gradient [DreamerV2: 100]
 KL_BALANCE = 0.8            # w, Eq 5: the prior's share of the KL [DreamerV2: 0.8]
 
 PRESETS = {
     "laptop": {},
-    "debug": dict(workers=1, episode_steps=60, demos=2, demo_noise=0.0, batch=4, length=8,
+    "debug": dict(workers=1, episode_steps=60, demos=2, demo_noise=0.0, batch=4, length=12,
                   channels=4, deter=32, stoch=8, hidden=32, offline_updates=20, online_episodes=2,
-                  updates_per_episode=5, eval_every=20, final_episodes=2, log_every=5,
+                  updates_per_episode=5, warmup=1, eval_every=20, final_episodes=2, log_every=5,
                   save_every=10),
     "paper": dict(episode_steps=200, batch=64, length=50, channels=32, stoch=64, ensemble=7,
-                  critic_lr=3e-4, target_rate=0.02, offline_updates=1000, online_episodes=400,
+                  critic_lr=3e-4, online_episodes=400,
                   updates_per_episode=50, eval_every=2500, final_episodes=100, save_every=1000),
 }
-HARD = dict(episode_steps=200, offline_updates=1000, online_episodes=200, updates_per_episode=10,
-            eval_every=500)
-EXACT = HARD | dict(offline_updates=2000, online_episodes=100, updates_per_episode=30,
-                    eval_every=1000)
+HARD = dict(episode_steps=200, offline_updates=2000, online_episodes=100, updates_per_episode=40,
+            eval_every=2000)
 KITCHENS = "kitchen-partial", "kitchen-mixed"
 KITCHEN = dict(action_repeat=1, episode_steps=280, demos=100)
-PRECISE = dict(bc_repr_weight=30.0, pixel_prior=True, latent_std_scale=0.0)
-DETOURS = dict(action_noise_scale=0.25, imitate_ahead=65)
-TASKS = {                         # by preset: a task's protocol and budget
-    "laptop": dict.fromkeys(("assembly", "box-close", "coffee-push", "bin-picking"), EXACT)
-    | {"disassemble": EXACT | dict(online_episodes=200), "hammer": HARD}
+TASKS = {                         # by preset: a task's protocol and budget, nothing else
+    "laptop": dict.fromkeys(("assembly", "bin-picking", "box-close", "coffee-push", "disassemble",
+                             "hammer"), HARD)
     | dict.fromkeys(KITCHENS, KITCHEN | dict(
         offline_updates=6000, online_episodes=100, updates_per_episode=40, eval_every=1000,
         final_episodes=20)),
     "debug": dict.fromkeys(KITCHENS, KITCHEN | dict(demos=2, final_episodes=1)),
     "paper": dict.fromkeys(KITCHENS, KITCHEN | dict(offline_updates=10_000, online_episodes=1300)),
 }
-TUNED = {                         # settings of the method that single tasks still need
-    "laptop": dict.fromkeys(("assembly", "box-close", "coffee-push", "disassemble"), PRECISE)
-    | {"bin-picking": dict(bc_repr_weight=30.0, eval_stochastic=True)}
-    | dict.fromkeys(KITCHENS, DETOURS | dict(context=4)),
-    "debug": dict.fromkeys(KITCHENS, DETOURS),
-    "paper": dict.fromkeys(KITCHENS, DETOURS),
-}
-NO_BC = dict(beta=0.0, bc_repr_weight=0.0, pixel_prior=False)
+NO_BC = dict(beta=0.0, bound=1.0)
 VARIANTS = {
     "moto": {},
     "no-unc": dict(alpha=0.0),
     "no-bc": NO_BC,
     "no-bc-no-unc": NO_BC | dict(alpha=0.0),
-    "dreamerv2": NO_BC | dict(alpha=0.0, real_weight=0.0),          # nor real transitions
-    "bc": dict(online_episodes=0),                                  # without a model
+    "dreamerv2": NO_BC | dict(alpha=0.0, imagined=1.0),             # nor real transitions
+    "bc": dict(online_episodes=0),                                  # the behaviour prior alone
 }
 BASELINES = "iql", "cql", "sac"    # experiments/baselines.py adds them to VARIANTS and AGENTS
 
@@ -294,34 +282,62 @@ class TanhNormal:
         return self.log_density_at(torch.atanh(a))
 
 
-class Actor(nn.Module):
-    """Feature (..., F) -> TanhNormal over actions (..., A), min_std < std < 2 + min_std."""
+class StackEncoder(nn.Sequential):
+    """Stacked images (N, 3 * FRAMES, P, P) -> feature e (N, E), what policies and critics read.
+    Layer norm and tanh keep it bounded, as in DrQ."""
+
+    def __init__(self, cfg):
+        super().__init__(Encoder(cfg, FRAMES), nn.SiLU(), nn.Linear(cfg.hidden, cfg.hidden),
+                         nn.LayerNorm(cfg.hidden), nn.Tanh())
+
+
+class GaussianActor(nn.Module):
+    """Feature (..., E) -> TanhNormal over actions (..., A), min_std < std < 2 + min_std. As the
+    behaviour prior it is b; the model-free baselines learn with it, too."""
 
     def __init__(self, cfg, action_size):
         super().__init__()
-        self.cfg, self.net = cfg, mlp(cfg.deter + cfg.stoch, cfg.hidden, 2 * action_size)
+        self.min_std, self.net = cfg.min_std, mlp(cfg.hidden, cfg.hidden, 2 * action_size)
 
-    def forward(self, feat):
-        mean, raw = self.net(feat).float().chunk(2, -1)
-        return TanhNormal(mean, 2 * torch.sigmoid(raw / 2) + self.cfg.min_std)
+    def forward(self, e):
+        mean, raw = self.net(e).float().chunk(2, -1)
+        return TanhNormal(mean, 2 * torch.sigmoid(raw / 2) + self.min_std)
+
+
+class Actor(nn.Module):
+    """Feature (..., E) -> correction d (..., A) of the prior's action, in (-1, 1), in units of its
+    bound c. It begins at zero. Source: residual policies, Silver et al. 2018."""
+
+    def __init__(self, cfg, action_size):
+        super().__init__()
+        self.net = mlp(cfg.hidden, cfg.hidden, action_size)
+        nn.init.zeros_(self.net[-1].weight)
+
+    def forward(self, e):
+        return torch.tanh(self.net(e).float())
 
 
 class Critic(nn.Module):
-    """Two critics: feature (..., F), action (..., A) -> Q (2, ...).
+    """`heads` critics: feature (..., E), correction or action (..., A) -> Q (heads, ...).
 
     The output layer is in units of 1 / (1 - gamma), the return of a reward of one for ever, so that
-    the network predicts numbers near one. Normalised layers keep the two critics from extrapolating
+    the network predicts numbers near one. Normalised layers keep the critics from extrapolating
     apart off the data. Source: Ball et al. 2023 (RLPD)."""
 
-    def __init__(self, cfg, action_size):
+    def __init__(self, cfg, action_size, heads=2):
         super().__init__()
-        self.unit = 1 / (1 - cfg.gamma)
-        inputs = cfg.deter + cfg.stoch + action_size
-        self.nets = EnsembleMLP(2, inputs, cfg.hidden, 1, depth=2, norm=True)
+        self.unit, self.heads = 1 / (1 - cfg.gamma), heads
+        self.nets = EnsembleMLP(heads, cfg.hidden + action_size, cfg.hidden, 1, depth=2, norm=True)
 
-    def forward(self, feat, action):
-        inp = torch.cat([feat, action], -1)
-        return self.unit * self.nets(inp.flatten(0, -2)).float().reshape(2, *inp.shape[:-1])
+    def forward(self, e, d):
+        inp = torch.cat([e, d], -1)
+        q = self.nets(inp.flatten(0, -2)).float()
+        return self.unit * q.reshape(self.heads, *inp.shape[:-1])
+
+    def smaller_of_two(self, e, d):
+        """The smaller Q (...) of two critics drawn at random. Source: Chen et al. 2021 (REDQ)."""
+        drawn = torch.randperm(self.heads, device=e.device)[:2]
+        return self(e, d)[drawn].min(0).values
 
 
 # ---- World model: the RSSM with an ensemble of priors --------------------------------------------
@@ -347,6 +363,7 @@ class WorldModel(nn.Module):
                                            nn.Linear(cfg.hidden, 2 * cfg.stoch))
         self.priors = EnsembleMLP(cfg.ensemble, cfg.deter, cfg.hidden, 2 * cfg.stoch)
         self.reward = mlp(feat, cfg.hidden, 1)
+        self.feature = mlp(feat, cfg.hidden, cfg.hidden)
         self.continuation = mlp(feat, cfg.hidden, 1) if terminates else None
         self.register_buffer("disagreement_mean", torch.zeros(()))   # on the data: Eq 7
 
@@ -375,22 +392,12 @@ class WorldModel(nn.Module):
         return h, mean + std * noise, mean, std
 
     def observe(self, x, a, is_first):
-        """Encode and filter sequences: x (B, T, 3, P, P) -> h, z, mean, std (B, T, .)."""
-        return self.filter(self.embed(x), a, is_first)
-
-    def embed(self, x):
-        """The encoder on sequences: x (B, T, 3, P, P) -> embed (B, T, E)."""
-        return self.encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]).float()
-
-    def filter(self, embed, a, is_first, scale=1.0):
-        """Eq 1 along sequences: embed (B, T, E), a (B, T, A), is_first (B, T) -> h, z, mean, std
-        (B, T, .).
-
-        Where `is_first` is set a new episode begins inside the sequence: state and action are
-        reset there. z is drawn with the posterior's standard deviation times `scale`; at 0 it is
-        the mean."""
+        """Eq 1 along sequences: x (B, T, 3, P, P), a (B, T, A), is_first (B, T) -> h, z, mean, std
+        (B, T, .). Where `is_first` is set a new episode begins inside the sequence: state and
+        action are reset there."""
         B, T = a.shape[:2]
-        noise = scale * torch.randn(B, T, self.cfg.stoch, device=a.device)
+        embed = self.encoder(x.flatten(0, 1)).unflatten(0, (B, T)).float()
+        noise = torch.randn(B, T, self.cfg.stoch, device=a.device)
         keep = (~is_first).float().unsqueeze(-1)
         (h, z), steps = self.initial(B, a.device), []
         with torch.autocast(a.device.type, enabled=False):        # B rows: float32 is faster
@@ -412,16 +419,22 @@ class WorldModel(nn.Module):
         return torch.sigmoid(self.continuation(feat).float().squeeze(-1))
 
 
-def decoder_losses(model, feat, x, r, is_terminal, chosen):
-    """Eq 3: negative log-likelihoods of image, reward and (where modelled) continuation.
+def decoder_losses(model, feat, x, e, r, is_terminal):
+    """Eq 3: negative log-likelihoods of image, reward, feature and (where modelled) continuation.
 
         x_t ~ Normal(decoder(s_t), 1)       r_t ~ Bernoulli or Normal(reward(s_t), 1)
+        e_t ~ Normal(feature(s_t), 1)
 
-    feat (N, F), x (N, 3, P, P), r, is_terminal (N,). `chosen` indexes the frames to decode: the
-    mean over a random subset is an unbiased estimate of the mean over all. Returns a dict of
-    scalars in nats per step (the Normals' without their constant). Source: Dreamer."""
-    error = model.decoder(feat[chosen]).float() - x[chosen].float()
-    losses = {"image": 0.5 * error.square().flatten(1).sum(-1).mean()}
+    feat (B, T, F), x (B, T, 3, P, P), r, is_terminal (B, T); e (B, T', E), of the last T' steps.
+    Half of the images are decoded, drawn at random: their mean is an unbiased estimate. Returns a
+    dict of scalars in nats per step (the Normals' without their constant). Source: Dreamer."""
+    def half_square(error, first):
+        return 0.5 * error.float().square().flatten(first).sum(-1).mean()
+    N = feat[..., 0].numel()
+    chosen = torch.randperm(N, device=feat.device)[:max(1, N // 2)]
+    image = model.decoder(feat.flatten(0, 1)[chosen])
+    losses = {"image": half_square(image - x.flatten(0, 1)[chosen], 1),
+              "feature": half_square(model.feature(feat[:, -e.shape[1]:]) - e, 2)}
     raw = model.reward(feat).float().squeeze(-1)
     if model.cfg.reward_head == "bernoulli":
         losses["reward"] = F.binary_cross_entropy_with_logits(raw, r)
@@ -456,24 +469,22 @@ def kl_balanced(q, p, balance, free_nats):
 def model_loss(model, batch):
     """Eq 4: the negative evidence lower bound, the KL averaged over the K heads.
 
-        L = -ln p(x_t|s_t) - c_r ln p(r_t|s_t) + mean_k KL(q(z_t) || p_k(z_t)),   s_t ~ q (Eq 1)
+        L = -ln p(x_t|s_t) - ln p(e_t|s_t) - c_r ln p(r_t|s_t) + mean_k KL(q(z_t) || p_k(z_t)),
+        s_t ~ q (Eq 1)
 
-    batch: dict of x (B, T, 3, P, P), a (B, T, A), r, is_terminal, is_first (B, T).
-    Returns (loss, metrics, feat (B, T, F), embed (B, T, E))."""
-    cfg, embed = model.cfg, model.embed(batch["x"])
-    h, z, mean, std = model.filter(embed, batch["a"], batch["is_first"])
-    N = h.shape[0] * h.shape[1]
+    batch: dict of x (B, T, 3, P, P), a (B, T, A), r, is_terminal, is_first (B, T), and the features
+    e (B, T', E) of the last T' steps. Returns (loss, metrics, feat (B, T, F))."""
+    cfg = model.cfg
+    h, z, *posterior = model.observe(batch["x"], batch["a"], batch["is_first"])
     feat = torch.cat([h, z], -1)
-    chosen = torch.randperm(N, device=h.device)[:max(1, N // 2)]     # half of the frames are enough
-    losses = decoder_losses(model, feat.flatten(0, 1), batch["x"].flatten(0, 1),
-                            batch["r"].flatten(), batch["is_terminal"].flatten(), chosen)
+    losses = decoder_losses(model, feat, *(batch[name] for name in ("x", "e", "r", "is_terminal")))
     prior = model.prior(h.flatten(0, 1))
-    posterior = mean.flatten(0, 1), std.flatten(0, 1)
+    posterior = [value.flatten(0, 1) for value in posterior]
     losses["kl"] = kl_balanced(posterior, prior, KL_BALANCE, cfg.free_nats).mean()
-    scales = {"image": 1.0, "reward": cfg.reward_scale, "kl": 1.0, "continuation": 1.0}
     metrics = {f"model/{name}": value.detach() for name, value in losses.items()}
     metrics["model/disagreement"] = disagreement(prior[0]).mean().detach()
-    return sum(scales[name] * value for name, value in losses.items()), metrics, feat, embed
+    losses["reward"] = cfg.reward_scale * losses["reward"]
+    return sum(losses.values()), metrics, feat
 
 
 # ---- Imagination under the penalty ---------------------------------------------------------------
@@ -501,57 +512,81 @@ def penalised_reward(reward, u, alpha, disagreement_mean):
     return reward - alpha * (u / disagreement_mean - 1).clamp(min=0)
 
 
-def imagine(model, actor, h, z, horizon):
-    """Eq 8: roll the model out under the policy.
+@torch.no_grad()
+def imagine(model, policy, actor, h, z, e, horizon, hold):
+    """Eq 8: roll the model out under the policy, which makes H decisions of k steps each.
 
-        s^0 = s_t;  a^i ~ pi(.|s^i);  s^{i+1} ~ p_k(.|s^i, a^i),  k drawn afresh for each step
+        d^j = actor(e^j);   for each of its k steps:   a = clip(b(e) + c d^j),
+        s' ~ p_k(.|s, a), k drawn afresh for each step;   e' = feature(s')
 
-    h (N, D), z (N, S) -> dict of feat (H+1, N, F), a (H+1, N, A), logp (H+1, N), u (H, N), where
-    u^i = u(s^i, a^i). Gradients flow from every output to the actor. Sources: Dreamer; LOMPO and
-    PETS for the drawn head."""
+    h (N, D), z (N, S), e (N, E) of real steps -> dict of e (H+1, N, E) and d (H+1, N, A), one per
+    decision; feat (H k + 1, N, F), one per state, and u (H k, N), where u^i = u(s^i, a^i).
+    Sources: Dreamer; LOMPO and PETS for the drawn head."""
     N, K = h.shape[0], model.cfg.ensemble
-    feats, actions, logps, us = [], [], [], []
-    for i in range(horizon + 1):
-        feats.append(torch.cat([h, z], -1))
-        a, logp = actor(feats[-1]).rsample(torch.randn(N, model.action_size, device=h.device))
-        actions.append(a)
-        logps.append(logp)
-        if i == horizon:
-            break
-        h = model.recurrence(h, z, a)
-        means, stds = model.prior(h)
-        us.append(disagreement(means))
-        k = torch.randint(K, (N,), device=h.device), torch.arange(N, device=h.device)
-        z = means[k] + stds[k] * torch.randn_like(z)
-    return {"feat": torch.stack(feats), "a": torch.stack(actions), "logp": torch.stack(logps),
+    es, ds, feats, us = [e], [actor(e)], [torch.cat([h, z], -1)], []
+    for _ in range(horizon):
+        for _ in range(hold):
+            h = model.recurrence(h, z, policy.action(e, ds[-1]))
+            means, stds = model.prior(h)
+            us.append(disagreement(means))
+            k = torch.randint(K, (N,), device=h.device), torch.arange(N, device=h.device)
+            z = means[k] + stds[k] * torch.randn_like(z)
+            feats.append(torch.cat([h, z], -1))
+            e = model.feature(feats[-1]).float()
+        es.append(e)
+        ds.append(actor(e))
+    return {"e": torch.stack(es), "d": torch.stack(ds), "feat": torch.stack(feats),
             "u": torch.stack(us) if us else h.new_zeros(0, N)}          # H = 0: no model at all
 
 
 # ---- Value expansion and the critic --------------------------------------------------------------
 
+def accumulate(reward, discount):
+    """The steps of one decision as one: reward and discount (..., k) -> the sum of the rewards,
+    each times the discounts before it, and the product of the discounts (...)."""
+    before = torch.cat([torch.ones_like(discount[..., :1]), discount[..., :-1].cumprod(-1)], -1)
+    return (before * reward).sum(-1), discount.prod(-1)
+
+
 def value_expansion(reward, discount, q, lam):
-    """Eq 9: the lambda-return along the imagined steps, computed backwards.
+    """Eq 9: the lambda-return along the imagined decisions, computed backwards.
 
-        V^i = r~^i + discount^i [(1 - lam) Q(s^{i+1}, a^{i+1}) + lam V^{i+1}],   V^H = Q(s^H, a^H)
+        V^j = r~^j + discount^j [(1 - lam) Q(e^{j+1}, d^{j+1}) + lam V^{j+1}],   V^H = Q(e^H, d^H)
 
-    reward, discount (H, N): r~(s^i, a^i) and gamma times the continuation of s^{i+1}; q (H+1, N):
-    the smaller target critic. Returns V (H+1, N). Sources: Feinberg et al. 2018 (MVE); Sutton and
-    Barto, chapter 12."""
+    reward, discount (H, N), accumulated over the k steps of each decision: penalised rewards, and
+    gamma times the continuation. q (H+1, N): the smaller target critic. Returns V (H+1, N).
+    Sources: Feinberg et al. 2018 (MVE); Sutton and Barto, chapter 12."""
     V = [q[-1]]
-    for i in reversed(range(len(reward))):
-        V.insert(0, reward[i] + discount[i] * ((1 - lam) * q[i + 1] + lam * V[0]))
+    for j in reversed(range(len(reward))):
+        V.insert(0, reward[j] + discount[j] * ((1 - lam) * q[j + 1] + lam * V[0]))
     return torch.stack(V)
 
 
-def critic_target(r, is_terminal, V0, gamma):
-    """Eq 10: the target of a real step (s_t, a_{t+1}): one real reward, then the model.
+def real_decisions(a, b, r, is_terminal, valid, hold, bound, gamma):
+    """What was done and earned in the k steps after every real step.
 
-        y_t = r_{t+1} + gamma (1 - is_terminal_{t+1}) V^0(s_{t+1})
+    a, b (B, T-1, A): the action that left s_t, and the prior's; r, is_terminal, valid (B, T-1): of
+    that transition -> d (B, n, A), n = T - k: the mean correction (a - b) / c; reward and discount
+    (B, n), accumulated; weight (B, n): one where the k steps are of one episode, or end with the
+    task's end. SHARP: a decision may begin at any step here, also between two of the policy's."""
+    windows = [value.unfold(1, hold, 1) for value in (r, gamma * (1 - is_terminal), valid)]
+    reward, discount = accumulate(*windows[:2])
+    ended = (windows[1] == 0).cumsum(-1) > 0              # with this step, or before
+    reached = F.pad(~ended[..., :-1], (1, 0), value=True)
+    d = ((a - b) / bound).unfold(1, hold, 1) * reached.unsqueeze(2)
+    whole = (windows[2].bool() | ~reached).all(-1)
+    return d.sum(-1) / reached.sum(-1, keepdim=True), reward, discount, whole.float()
 
-    r, is_terminal, V0: (B, T) -> (B, T-1). The real reward is not penalised. SHARP: r_{t+1} sits at
-    index t+1; `is_terminal` marks true ends of a task only: at a time limit it is zero, and the
-    value goes on. The target of imagined steps is V^i itself."""
-    return r[:, 1:] + gamma * (1 - is_terminal[:, 1:]) * V0[:, 1:]
+
+def critic_target(reward, discount, V0):
+    """Eq 10: the target of a real decision: the real rewards of its k steps, then the model.
+
+        y_t = sum_{i<k} gamma^i r_{t+1+i} + gamma^k V^0(s_{t+k})
+
+    reward, discount (..., n) as from `real_decisions`; V0 (..., n): V^0 at the state that follows.
+    The real reward is not penalised. SHARP: the discount is zero where the task ended; at a time
+    limit it is not, and the value goes on. The target of imagined decisions is V^j itself."""
+    return reward + discount * V0
 
 
 def weighted_mean(value, weight):
@@ -560,10 +595,10 @@ def weighted_mean(value, weight):
 
 
 def critic_loss(q, y, weight, unit):
-    """Eq 11: weighted mean squared error of both critics, in the units of Critic.
+    """Eq 11: weighted mean squared error of all critics, in the units of Critic.
 
-    q (2, ...), y, weight (...) -> scalar. The targets carry no gradient. The two critics differ by
-    their initialisation; the smaller one is used in V [TD3]."""
+    q (heads, ...), y, weight (...) -> scalar. The targets carry no gradient. The critics differ by
+    their initialisation; the smaller one of two is used in V [TD3]."""
     return weighted_mean(((q - y.detach()) / unit).square().sum(0), weight)
 
 
@@ -576,33 +611,31 @@ def update_target(target, source, rate):
 
 # ---- The actor and its behaviour prior -----------------------------------------------------------
 
-def action_nll(actor, feat, a):
-    """-ln pi(a_{t+1} | s_t) in nats: feat (B, T, F), a (B, T, A) -> (B, T-1). Actions are clipped
-    to +-0.99: artanh is infinite at +-1."""
-    return -actor(feat[:, :-1]).log_prob(a[:, 1:].clamp(-0.99, 0.99))
+def action_nll(actor, e, a):
+    """-ln pi(a_{t+1} | e_t) in nats: e (B, T, E), a (B, T, A) -> (B, T-1). Actions are clipped to
+    +-0.99: artanh is infinite at +-1."""
+    return -actor(e[:, :-1]).log_prob(a[:, 1:].clamp(-0.99, 0.99))
 
 
-def behaviour_loss(actor, feat, a, weight):
+def behaviour_loss(prior, e, a, valid):
     """Eq 13: the behaviour prior, maximum likelihood of the offline actions.
 
-        L = -E_data[ln pi(a_{t+1} | s_t)]
+        L = -E_data[ln b(a_{t+1} | e_t)]
 
-    feat (B, T, F), a (B, T, A), weight (B, T-1): one where a_{t+1} is an offline action that left
-    s_t. Alone it is behaviour cloning; inside Eq 14 it keeps the policy near the data. Returns nats
-    per action. Source: TD3+BC for its use beside a value."""
-    return weighted_mean(action_nll(actor, feat, a), weight)
+    e (B, T, E), a (B, T, A), valid (B, T-1): one where a_{t+1} left step t. Alone it is behaviour
+    cloning. Returns nats per action."""
+    return weighted_mean(action_nll(prior, e, a), valid)
 
 
-def actor_loss(V0, behaviour, logp, weight, cfg):
-    """Eq 14: raise the expanded value, stay near the data, stay random.
+def actor_loss(q, d, beta):
+    """Eq 14: raise the critics' value of the correction, stay near the behaviour prior.
 
-        L = -E[V^0(s)] (1 - gamma) + beta * behaviour + eta * E[ln pi(a|s)]
+        L = -E[Q(e, d)] / E|Q(e, d)| + beta E|d|^2,    d = actor(e)
 
-    V0, logp, weight (N,); behaviour: the scalar of Eq 13. The gradient of V^0 runs through actions,
-    model, penalty and critic. (1 - gamma) puts the value on the scale of one step's reward, so that
-    beta means the same at any discount. Sources: Dreamer, TD3+BC, SAC."""
-    value = weighted_mean(V0, weight) * (1 - cfg.gamma)
-    return -value + cfg.beta * behaviour + cfg.eta * logp.mean()
+    q (heads, ...), d (..., A). Divided by its own size the value has no scale: beta means the same
+    at any reward, and |d| <= 1 holds the policy within c of the prior whatever the critics say.
+    Sources: TD3+BC for value and behaviour term side by side, and for the division."""
+    return -q.mean() / q.abs().mean().detach().clamp(min=1e-3) + beta * d.square().sum(-1).mean()
 
 
 # ---- Why the penalty is safe, on a table ---------------------------------------------------------
@@ -653,14 +686,13 @@ def to_uint8(x):
 
 
 def random_shift(image, pixels):
-    """Move each image (N, P, P, C), or each sequence as one (N, T, P, P, C), by up to `pixels` down
-    and across; the edge is repeated. Source: DrQ, Kostrikov et al. 2020."""
+    """Move each image (N, P, P, C) by up to `pixels` down and across; the edge is repeated. Source:
+    DrQ, Kostrikov et al. 2020."""
     N, P = len(image), image.shape[-2]
     shift = torch.randint(-pixels, pixels + 1, (2, N, 1), device=image.device)
     rows, columns = (torch.arange(P, device=image.device) + shift).clamp(0, P - 1)
     each = torch.arange(N, device=image.device)[:, None, None]
-    moved = image[each, ..., rows[:, :, None], columns[:, None, :], :]     # (N, P, P, [T,] C)
-    return moved.movedim((1, 2), (-3, -2)).contiguous()
+    return image[each, rows[:, :, None], columns[:, None, :]]
 
 
 @contextlib.contextmanager
@@ -678,54 +710,55 @@ def frozen(*modules):
 
 
 class Policy(nn.Module):
-    """What acts: the filter of Eq 1 and the actor, with an exponential moving average of the
-    trained weights (DEPARTURE): a single update on a small batch moves the hand by the millimetres
-    that decide a grasp. `idle`: the parts that acting does not use."""
-    idle = ("model.decoder.", "model.priors.", "model.reward.", "model.continuation.")
+    """What acts: encoder, prior and (in MOTO) actor, as exponential moving averages of the trained
+    weights (DEPARTURE): a single update on a small batch moves the hand by the millimetres that
+    decide a grasp."""
 
-    def __init__(self, model, actor):
+    def __init__(self, cfg, encoder, prior, actor=None):
         super().__init__()
-        self.model, self.actor = copy.deepcopy(model), copy.deepcopy(actor)
+        self.cfg, self.encoder, self.prior = cfg, copy.deepcopy(encoder), copy.deepcopy(prior)
+        self.actor = copy.deepcopy(actor)
         self.register_buffer("updates", torch.zeros(()))
         self.requires_grad_(False)
 
-    def update_ema(self, model, actor, slowest):
-        """One step of the average, whose window is a tenth of the updates so far, at most
-        1 / slowest. Source: Shamir and Zhang 2013, polynomial-decay averaging."""
-        rate = max(slowest, 10 / (10 + float(self.updates)))
+    def update_ema(self, **newest):
+        """One step of the averages of the named modules, whose window is a tenth of the updates so
+        far, at most 1 / ema_rate. Source: Shamir and Zhang 2013, polynomial-decay averaging."""
+        rate = max(self.cfg.ema_rate, 10 / (10 + float(self.updates)))
         self.updates += 1
-        update_target(self.model, model, rate)
-        update_target(self.actor, actor, rate)
-        for averaged, newest in zip(self.model.buffers(), model.buffers()):
-            averaged.copy_(newest)
+        for name, module in newest.items():
+            update_target(getattr(self, name), module, rate)
+
+    def prior_action(self, e):
+        """b: the prior's mean action (..., A); zero where beta is, in the variants without it."""
+        b = self.prior(e).mode
+        return b if self.cfg.beta else torch.zeros_like(b)
+
+    def action(self, e, d):
+        """The action for feature e (..., E) under the correction d (..., A)."""
+        return (self.prior_action(e) + self.cfg.bound * d).clamp(-1, 1)
 
     @torch.no_grad()
     def act(self, image, state=None, generator=None):
         """One step: uint8 image (P, P, 3), carried state (None at a reset) -> a (A,), next state.
 
-        With a generator, latents and action are sampled, their standard deviations multiplied by
-        cfg.latent_std_scale and cfg.action_noise_scale; without, they are the means. With
-        cfg.context the filter begins anew so many images ago, as it does in training with every
-        sequence (DEPARTURE)."""
-        device, model, cfg = self.updates.device, self.model, self.actor.cfg
-
-        def noise(n):
-            zeros = torch.zeros(1, n)
-            return (zeros if generator is None else zeros.normal_(generator=generator)).to(device)
-        x = to_image(torch.as_tensor(image, device=device))[None]
-        nothing = torch.zeros(1, model.action_size, device=device)
-        h, z, a, seen = state or (*model.initial(1, device), nothing, [])
-        seen = [*seen, (a, model.encoder(x))][-(cfg.context or 1):]
-        if cfg.context:
-            (h, z), seen[0] = model.initial(1, device), (nothing, seen[0][1])
-        for a, embed in seen:
-            latent_noise = cfg.latent_std_scale * noise(z.shape[1])
-            h, z, *_ = model.filter_step(h, z, a, embed, latent_noise)
-        policy = self.actor(torch.cat([h, z], -1))
-        a = policy.mode
-        if generator is not None:
-            a = policy.rsample(cfg.action_noise_scale * noise(a.shape[1]))[0]
-        return a[0].cpu().numpy(), (h, z, a, seen)
+        With a generator, noise is added to every decision, which holds it for k steps; a policy
+        that has no actor samples each action. Without one, the action is the mean."""
+        def noise(like):
+            return torch.randn(like.shape, generator=generator).to(like.device)
+        x = to_image(torch.as_tensor(image, device=self.updates.device))[None]
+        frames, d, step = state or ((x,) * FRAMES, None, 0)
+        frames = (*frames[1:], x)
+        e = self.encoder(torch.cat(frames, 1))
+        if self.actor is None:
+            policy = self.prior(e)
+            a = policy.mode if generator is None else policy.rsample(noise(policy.mean))[0]
+        else:
+            if step % self.cfg.hold == 0:
+                d = self.actor(e)
+                d = d if generator is None else d + self.cfg.noise * noise(d)
+            a = self.action(e, d)
+        return a[0].cpu().numpy(), (frames, d, step + 1)
 
 
 def stacked(image, is_first, frames):
@@ -741,39 +774,13 @@ def stacked(image, is_first, frames):
     return torch.cat(views, -1)
 
 
-class StackEncoder(nn.Sequential):
-    """Stacked images (N, 3 * FRAMES, P, P) -> feature (N, F), the input of Actor and Critic; layer
-    norm and tanh keep it bounded, as in DrQ."""
-
-    def __init__(self, cfg):
-        width = cfg.deter + cfg.stoch
-        super().__init__(Encoder(cfg, FRAMES), nn.SiLU(), nn.Linear(cfg.hidden, width),
-                         nn.LayerNorm(width), nn.Tanh())
-
-
-class StackPolicy(Policy):
-    """What acts without a world model: the encoder of the latest frames (`model`) and the actor."""
-
-    @torch.no_grad()
-    def act(self, image, state=None, generator=None):
-        """As Policy.act; the carried state is the frames before this one."""
-        x = to_image(torch.as_tensor(image, device=self.updates.device))[None]
-        frames = (*state[1:], x) if state else (x,) * FRAMES
-        policy = self.actor(self.model(torch.cat(frames, 1)))
-        a = policy.mode
-        if generator is not None:
-            noise = torch.randn(a.shape, generator=generator).to(a.device)
-            a = policy.rsample(self.actor.cfg.action_noise_scale * noise)[0]
-        return a[0].cpu().numpy(), frames
-
-
 class Agent:
     """What every agent is: modules by name, an optimiser for some of them, `step`, and its state.
 
     A subclass makes its modules and calls `prepare`. It has `update(batch)` -> metrics,
     `ema_policy` (a Policy), and `value_estimate(image)`, what its critics expect at an episode's
-    first image; None without critics. `trunk`: the module that turns images into features."""
-    trunk = "model"
+    first image; None without critics."""
+    value_estimate = None
 
     def __init__(self, cfg, device):
         self.cfg, self.device = cfg, torch.device(device)
@@ -792,23 +799,20 @@ class Agent:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def prepare_batch(self, batch):
-        """A sampled batch on the device, with weights (B, T-1): `valid`, one where a_{t+1} leaves
-        s_t, and `bc_mask`, where the behaviour term also has a target there, `bc_target` (B, T, A):
-        the demonstrated action."""
+        """A sampled batch on the device, with `valid` (B, T-1), one where a_{t+1} leaves s_t."""
         batch = {name: torch.as_tensor(value).to(self.device) for name, value in batch.items()}
         batch["valid"] = (~batch["is_first"][:, 1:]).float()
-        batch["bc_mask"] = batch["valid"] * batch["is_demo"][:, 1:]
-        batch["bc_target"] = batch["a"]
         return batch
 
     def encode_frames(self, encoder, batch, shift):
-        """A StackEncoder on a batch, each stack shifted by itself -> feat (B, T', F), and the batch
-        of (B, T', ...) without images: the first steps have no whole stack."""
+        """A StackEncoder on a batch, each stack shifted by itself -> e (B, T', E), and the batch of
+        (B, T', ...) without images: the first steps have no whole stack."""
         x = stacked(batch["image"], batch["is_first"], FRAMES)
         batch = {name: v[:, FRAMES - 1:] for name, v in batch.items() if name != "image"}
+        x = random_shift(x.flatten(0, 1), shift) if shift else x.flatten(0, 1)
         with self.autocast():
-            feat = encoder(to_image(random_shift(x.flatten(0, 1), shift))).float()
-        return feat.unflatten(0, batch["a"].shape[:2]), batch
+            e = encoder(to_image(x)).float()
+        return e.unflatten(0, batch["a"].shape[:2]), batch
 
     def step(self, loss, *names):
         """One optimiser step on `loss` for each of the named modules -> their gradients' norms.
@@ -837,22 +841,14 @@ class Agent:
                 getattr(self, kind)[name].load_state_dict(part)
 
     def acting_state(self):
-        """The averaged weights and the target critics in half precision, a tenth of the whole."""
+        """All modules in half precision, a sixth of the whole: what acts, dreams and criticises."""
         def half(module):
             return {name: v.half() if v.ndim else v for name, v in module.state_dict().items()}
-        return {name: half(self.modules[name]) for name in ("ema_policy", "target")
-                if name in self.modules}
+        return {name: half(module) for name, module in self.modules.items()}
 
     def load_acting(self, state):
-        """Set what acts, and what can follow from it. SHARP: `state` lacks the newest weights, on
-        whose latents the critics were trained, so a loaded agent gives no value estimate."""
-        for name, module in state.items():
-            self.modules[name].load_state_dict(module)
-        self.modules[self.trunk].load_state_dict(self.ema_policy.model.state_dict())
-        self.actor.load_state_dict(self.ema_policy.actor.state_dict())
-        if "critic" in self.modules:
-            self.critic.load_state_dict(self.target.state_dict())
-        self.value_estimate = None
+        for name, module in self.modules.items():
+            module.load_state_dict(state[name])
 
 
 def as_numbers(metrics):
@@ -861,173 +857,143 @@ def as_numbers(metrics):
     return dict(zip(metrics, values.tolist()))
 
 
-class MOTO(Agent):
-    """World model, actor, critics, and the one `update` that both phases share.
-
-    `compiled`: model_terms and policy_terms go through torch.compile (with CUDA graphs on a GPU).
-    """
+class BC(Agent):
+    """The behaviour prior alone, Eq 13: behaviour cloning from stacked images."""
 
     def __init__(self, cfg, action_size, terminates, device, compiled=False):
         super().__init__(cfg, device)
+        self.encoder, self.prior = StackEncoder(cfg), GaussianActor(cfg, action_size)
+        self.ema_policy = Policy(cfg, self.encoder, self.prior)
+        self.prepare(encoder=cfg.actor_lr, prior=cfg.actor_lr)
+
+    def update(self, batch):
+        """One step of everything; as MOTO.update."""
+        return as_numbers(self.update_prior(self.prepare_batch(batch)))
+
+    def update_prior(self, batch):
+        """A step of encoder and prior on a prepared batch -> metrics (tensors)."""
+        e, batch = self.encode_frames(self.encoder, batch, self.cfg.shift)
+        with self.autocast():
+            loss, metrics = self.losses(e, batch)
+        metrics |= self.step(loss, "encoder", "prior")
+        self.ema_policy.update_ema(encoder=self.encoder, prior=self.prior)
+        return metrics
+
+    def losses(self, e, batch):
+        """e (B, T', E) of the stacked images, batch of (B, T', ...) -> loss, metrics."""
+        behaviour = behaviour_loss(self.prior, e, batch["a"], batch["valid"])
+        return behaviour, {"prior/behaviour_nll": behaviour}
+
+
+class MOTO(BC):
+    """Behaviour prior, world model, critics, actor, and the one `update` that both phases share.
+
+    `compiled`: model_terms and critic_terms go through torch.compile (with CUDA graphs on a GPU).
+    """
+
+    def __init__(self, cfg, action_size, terminates, device, compiled=False):
+        Agent.__init__(self, cfg, device)
+        self.encoder, self.prior = StackEncoder(cfg), GaussianActor(cfg, action_size)
         self.model, self.actor = WorldModel(cfg, action_size, terminates), Actor(cfg, action_size)
-        self.critic = Critic(cfg, action_size)
-        self.ema_policy = Policy(self.model, self.actor)
+        self.critic = Critic(cfg, action_size, cfg.critics)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
-        rates = {"model": cfg.model_lr, "actor": cfg.actor_lr, "critic": cfg.critic_lr}
-        if cfg.pixel_prior:
-            self.prior_encoder, self.prior_actor = StackEncoder(cfg), Actor(cfg, action_size)
-            self.prior = StackPolicy(self.prior_encoder, self.prior_actor)
-            rates |= {"prior_encoder": cfg.actor_lr, "prior_actor": cfg.actor_lr}
-        self.prepare(**rates)
+        self.ema_policy = Policy(cfg, self.encoder, self.prior, self.actor)
+        self.prepare(encoder=cfg.actor_lr, prior=cfg.actor_lr, model=cfg.model_lr,
+                     actor=cfg.actor_lr, critic=cfg.critic_lr)
         if compiled:
             torch._dynamo.config.suppress_errors = True  # eager where there is no working compiler
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
             self.model_terms = torch.compile(self.model_terms, mode=mode)
-            self.policy_terms = torch.compile(self.policy_terms, mode=mode)
+            self.critic_terms = torch.compile(self.critic_terms, mode=mode)
 
     def update(self, batch):
         """One step of everything on a batch from Replay.sample -> metrics (floats). Raises
         FloatingPointError."""
-        cfg = self.cfg
+        cfg, batch, metrics = self.cfg, self.prepare_batch(batch), {}
+        online = float(self.ema_policy.updates) - cfg.offline_updates
         torch.compiler.cudagraph_mark_step_begin()        # CUDA graphs reuse their memory from here
-        batch, metrics = self.prepare_batch(batch), {}
-        if cfg.pixel_prior:
+        if online < 0:
             metrics = self.update_prior(batch)
-            batch |= self.prior_targets(batch)
-        batch["image"] = random_shift(batch["image"], cfg.shift)         # a sequence moves as one
-        with frozen(self.actor), self.autocast():
-            loss, more, feat, bc_feat = self.model_terms(batch)
+        with torch.no_grad():
+            e, later = self.encode_frames(self.ema_policy.encoder, batch, shift=0)
+        with self.autocast():
+            loss, more, feat = self.model_terms(batch | {"x": to_image(batch["image"]), "e": e})
         metrics |= more | self.step(loss, "model")
         u, mean = metrics["model/disagreement"], self.model.disagreement_mean
         mean.copy_(torch.where(mean == 0, u, torch.lerp(mean, u, 0.01)))
 
-        with frozen(self.model), self.autocast():
-            loss, more = self.policy_terms(feat.detach(), bc_feat.detach(), batch)
-        metrics |= more | self.step(loss, "actor", "critic")
+        with self.autocast():
+            loss, more = self.critic_terms(feat[:, -e.shape[1]:].detach().float(), e, later)
+        metrics |= more | self.step(loss, "critic")
         update_target(self.target, self.critic, cfg.target_rate)
-        self.ema_policy.update_ema(self.model, self.actor, cfg.ema_rate)
+        if online >= cfg.warmup * cfg.updates_per_episode:
+            with frozen(self.critic), self.autocast():
+                loss, more = self.actor_terms(e)
+            metrics |= more | self.step(loss, "actor")
+        if online >= 0:
+            self.ema_policy.update_ema(actor=self.actor)
         return as_numbers(metrics)
 
     def model_terms(self, batch):
-        """Eq 4, and the behaviour term's share in shaping the representation -> loss, metrics,
-        feat, bc_feat (B, T, F).
+        """Eq 1 to 5: a prepared batch with x and e -> loss, metrics, feat (B, T, F)."""
+        return model_loss(self.model, batch)
 
-        DEPARTURE: the behaviour term sees bc_feat, states filtered once more with resets at random
-        (`reset_prob`). A policy that sees its own past actions learns to repeat them instead of
-        looking. Source: de Haan et al. 2019, causal confusion. DEPARTURE, too, where
-        cfg.latent_std_scale is 0: these states are means. A regression on noisy inputs is flatter
-        than the truth. Source: Fuller 1987, measurement error models."""
-        cfg, batch = self.cfg, batch | {"x": to_image(batch["image"])}
-        loss, metrics, feat, embed = model_loss(self.model, batch)
-        bc_feat = feat
-        if cfg.reset_prob or cfg.latent_std_scale != 1:
-            is_first = batch["is_first"]
-            reset = is_first | (torch.rand(is_first.shape, device=feat.device) < cfg.reset_prob)
-            h, z, *_ = self.model.filter(embed, batch["a"], reset, cfg.latent_std_scale)
-            bc_feat = torch.cat([h, z], -1)
-        if cfg.bc_repr_weight:
-            shaping = behaviour_loss(self.actor, bc_feat, batch["bc_target"], batch["bc_mask"])
-            loss = loss + cfg.bc_repr_weight * shaping
-        return loss, metrics, feat.float(), bc_feat.float()
-
-    def policy_terms(self, feat, bc_feat, batch):
-        """Eq 6 to 11, 13 and 14: feat, bc_feat (B, T, F) without gradient -> loss, metrics.
-
-        The loss is the actor's plus the critics': neither reaches the other's parameters, so that
-        one backward pass serves both."""
-        cfg, model, unit = self.cfg, self.model, self.critic.unit
-        behaviour = behaviour_loss(self.actor, bc_feat, batch["bc_target"], batch["bc_mask"])
-        h, z = feat.flatten(0, 1).split([cfg.deter, cfg.stoch], -1)
-        imagined = imagine(model, self.actor, h, z, cfg.horizon)
-        reward = model.expected_reward(imagined["feat"][1:])
-        penalized = penalised_reward(reward, imagined["u"], cfg.alpha, model.disagreement_mean)
-        continuation = model.expected_continuation(imagined["feat"][1:])
-        q = self.target(imagined["feat"], imagined["a"]).min(0).values    # the smaller of the two
-        V = value_expansion(penalized, cfg.gamma * continuation, q, cfg.lam)
-
-        y = critic_target(batch["r"], batch["is_terminal"], V[0].reshape(feat.shape[:2]), cfg.gamma)
-        q = self.critic(feat[:, :-1], batch["a"][:, 1:])
-        on_real = critic_loss(q, y, batch["valid"], unit)
-        alive = torch.cat([1 - batch["is_terminal"].reshape(1, -1), continuation.detach()])
-        weight = alive.cumprod(0)                         # that the task has not ended before
-        q = self.critic(imagined["feat"][:-1].detach(), imagined["a"][:-1].detach())
-        on_imagined = critic_loss(q, V[:-1], weight[:-1], unit)
-
-        loss = actor_loss(V[0], behaviour, imagined["logp"][0], weight[0], cfg)
-        metrics = {
-            "actor/behaviour_nll": behaviour, "actor/value": V[0].mean() * (1 - cfg.gamma),
-            "actor/entropy": -imagined["logp"][0].mean(), "critic/real": on_real,
-            "critic/imagined": on_imagined, "imagined/reward": reward.mean(),
-            "imagined/disagreement": imagined["u"].mean() / model.disagreement_mean,
-            "imagined/penalty": (reward - penalized).mean()}
-        metrics = {name: value.detach() for name, value in metrics.items()}
-        return loss + cfg.real_weight * on_real + on_imagined, metrics
-
-    def update_prior(self, batch):
-        """Eq 13 on pixels: a step of the behaviour prior b(a | x_{t-2}, x_{t-1}, x_t) on the
-        demonstrations -> metrics."""
-        demos = {name: value[batch["is_demo"].any(1)] for name, value in batch.items()}
-        feat, demos = self.encode_frames(self.prior_encoder, demos, self.cfg.shift)
-        loss = behaviour_loss(self.prior_actor, feat, demos["a"], demos["bc_mask"])
-        norms = self.step(loss, "prior_encoder", "prior_actor")
-        self.prior.update_ema(self.prior_encoder, self.prior_actor, self.cfg.ema_rate)
-        return {"prior/behaviour_nll": loss.detach()} | norms
+    def actor_terms(self, e):
+        """Eq 14 at the features e (B, T', E) -> loss, metrics, with the sizes of the two terms'
+        gradients with respect to the corrections."""
+        d = self.actor(e)
+        q = self.critic(e, d)
+        loss = actor_loss(q, d, self.cfg.beta)
+        behaviour = 2 * self.cfg.beta * d.detach() / d[..., 0].numel()
+        value = torch.autograd.grad(loss, d, retain_graph=True)[0] - behaviour
+        return loss, {"actor/value": q.mean().detach() / self.critic.unit,
+                      "actor/correction": d.abs().mean().detach(),
+                      "actor/value_gradient": value.norm(),
+                      "actor/behaviour_gradient": behaviour.norm()}
 
     @torch.no_grad()
-    def prior_targets(self, batch):
-        """The behaviour term's targets in online sequences, drawn from b -> `bc_target`, `bc_mask`.
+    def expand(self, feat, e):
+        """Eq 6 to 9 from real steps: feat (N, F), e (N, E) -> V (H+1, N), what was imagined, and
+        metrics."""
+        cfg, model = self.cfg, self.model
+        h, z = feat.split([cfg.deter, cfg.stoch], -1)
+        imagined = imagine(model, self.ema_policy, self.actor, h, z, e, cfg.horizon, cfg.hold)
+        reward, u = model.expected_reward(imagined["feat"][1:]), imagined["u"]
+        penalized = penalised_reward(reward, u, cfg.alpha, model.disagreement_mean)
+        discount = cfg.gamma * model.expected_continuation(imagined["feat"][1:])
+        steps = [value.reshape(cfg.horizon, cfg.hold, len(e)).movedim(1, -1)
+                 for value in (penalized, discount)]
+        q = self.target.smaller_of_two(imagined["e"], imagined["d"])
+        everywhere = torch.ones_like(u)
+        metrics = {"imagined/reward": weighted_mean(reward, everywhere),
+                   "imagined/penalty": weighted_mean(reward - penalized, everywhere),
+                   "imagined/disagreement": weighted_mean(u / model.disagreement_mean, everywhere)}
+        return value_expansion(*accumulate(*steps), q, cfg.lam), imagined, metrics
 
-        DEPARTURE: this keeps the policy near the prior in online states, too. Source: Ross et al.
-        2011 (DAgger): the student is told what to do in states of its own."""
-        online = ~batch["is_demo"].any(1)
-        targets = {name: batch[name].clone() for name in ("bc_target", "bc_mask")}
-        if online.any():
-            part = {name: value[online] for name, value in batch.items()}
-            feat, part = self.encode_frames(self.prior.model, part, 0)
-            b = self.prior.actor(feat[:, :-1])
-            targets["bc_target"][online, FRAMES:] = b.rsample(torch.randn_like(b.mean))[0]
-            targets["bc_mask"][online, FRAMES - 1:] = part["valid"]
-        return targets
+    def critic_terms(self, feat, e, batch):
+        """Eq 10 and 11: feat (B, T', F), e (B, T', E), batch of (B, T', ...) -> loss, metrics."""
+        cfg, k, unit = self.cfg, self.cfg.hold, self.critic.unit
+        b = self.ema_policy.prior_action(e[:, :-1])
+        d, reward, discount, weight = real_decisions(
+            batch["a"][:, 1:], b, batch["r"][:, 1:], batch["is_terminal"][:, 1:], batch["valid"], k,
+            cfg.bound, cfg.gamma)
+        V, imagined, metrics = self.expand(feat[:, k:].flatten(0, 1), e[:, k:].flatten(0, 1))
+        y = critic_target(reward, discount, V[0].reshape(reward.shape))
+        q = self.critic(e[:, :-k], d)
+        on_real = critic_loss(q, y, weight, unit)
+        dreamt = self.critic(imagined["e"][:-1], imagined["d"][:-1])
+        on_imagined = critic_loss(dreamt, V[:-1], torch.ones_like(V[:-1]), unit)
+        metrics |= {"critic/real": on_real.detach(), "critic/imagined": on_imagined.detach(),
+                    "critic/value": q.mean().detach() / unit}
+        return (1 - cfg.imagined) * on_real + cfg.imagined * on_imagined, metrics
 
     @torch.no_grad()
     def value_estimate(self, image):
-        """The critics' estimate for the action taken at an episode's first image (P, P, 3), in
-        units of 1 / (1 - gamma). SHARP: their input is what they are trained on, a latent of the
-        newest weights, not of the averaged ones."""
-        a = torch.as_tensor(self.ema_policy.act(image)[0], device=self.device)[None]
+        """The critics' estimate for the decision at an episode's first image (P, P, 3), in units of
+        1 / (1 - gamma)."""
         x = to_image(torch.as_tensor(image, device=self.device))[None]
-        h, z = self.model.initial(1, self.device)
-        zeros = torch.zeros_like(a), torch.zeros_like(z)
-        h, z, *_ = self.model.filter_step(h, z, zeros[0], self.model.encoder(x), zeros[1])
-        return float(self.target(torch.cat([h, z], -1), a).min() / self.target.unit)
-
-
-# ---- Behaviour cloning: the same actor, replay and loops, without a model ------------------------
-
-class BC(Agent):
-    """Behaviour cloning from stacked frames: Eq 13 alone, which trains encoder and actor."""
-    value_estimate, trunk = None, "encoder"
-
-    def __init__(self, cfg, action_size, terminates, device, compiled=False):
-        super().__init__(cfg, device)
-        self.encoder, self.actor = StackEncoder(cfg), Actor(cfg, action_size)
-        self.ema_policy = StackPolicy(self.encoder, self.actor)
-        self.prepare(encoder=cfg.actor_lr, actor=cfg.actor_lr)
-
-    def update(self, batch):
-        """One step of everything; as MOTO.update."""
-        batch = self.prepare_batch(batch)
-        feat, batch = self.encode_frames(self.encoder, batch, self.cfg.shift)
-        with self.autocast():
-            loss, metrics = self.losses(feat, batch)
-        metrics |= self.step(loss, "encoder", "actor")
-        self.ema_policy.update_ema(self.encoder, self.actor, self.cfg.ema_rate)
-        return as_numbers(metrics)
-
-    def losses(self, feat, batch):
-        """feat (B, T', F) of the stacked images, batch of (B, T', ...) -> loss, metrics."""
-        behaviour = behaviour_loss(self.actor, feat, batch["a"], batch["bc_mask"])
-        return behaviour, {"actor/behaviour_nll": behaviour}
+        e = self.ema_policy.encoder(torch.cat([x] * FRAMES, 1))
+        return float(self.target(e, self.ema_policy.actor(e)).min() / self.target.unit)
 
 
 AGENTS = {"bc": BC}                                       # every other variant: MOTO
@@ -1127,77 +1093,40 @@ class Replay:
     """Episodes laid end to end in flat tensors, on the device that learns: a sequence is a slice.
 
     A sequence may run over an episode boundary, which `is_first` marks and every loss respects.
-    `starts`: where sequences may begin, for the offline and the online part of a batch. An online
-    episode that joins the offline data is in both."""
+    `starts`: where sequences may begin, for the offline and the online part of a batch."""
 
     def __init__(self, capacity, image_size, action_size, device="cpu"):
         self.size, self.device = 0, device
         self.starts = {part: np.zeros(0, int) for part in ("offline", "online")}
         kinds = {"image": ((image_size, image_size, 3), np.uint8),
                  "a": ((action_size,), np.float32), "r": ((), np.float32),
-                 "is_terminal": ((), np.float32), "is_first": ((), bool), "is_demo": ((), bool)}
+                 "is_terminal": ((), np.float32), "is_first": ((), bool)}
         self.data = {name: torch.from_numpy(np.zeros((capacity, *shape), kind)).to(device)
                      for name, (shape, kind) in kinds.items()}   # memory is used as it is filled
 
-    def add(self, episode, is_demo, part="offline"):
-        """Append an episode (dict as from load_episode) with this file's time index. `is_demo`:
-        whether the behaviour term imitates it, or which actions (L,). Returns where it begins."""
+    def add(self, episode, part="offline"):
+        """Append an episode (dict as from load_episode) with this file's time index."""
         start, end = self.size, self.size + len(episode["image"])
         self.data["image"][start:end] = torch.as_tensor(episode["image"])
         self.data["a"][start + 1:end] = torch.as_tensor(episode["action"])
         self.data["r"][start + 1:end] = torch.as_tensor(episode["reward"])
         self.data["is_first"][start] = True
         self.data["is_terminal"][end - 1] = episode["terminal"]
-        self.data["is_demo"][start + 1:end] = torch.as_tensor(is_demo)
         self.starts[part] = np.append(self.starts[part], np.arange(start, end))
         self.size = end
-        return start
-
-    def join(self, start, is_demo):
-        """Let the first L actions of the online episode at `start` count as offline data, too;
-        is_demo (L,) says which of them are imitated."""
-        end = start + len(is_demo) + 1
-        self.data["is_demo"][start + 1:end] = torch.as_tensor(is_demo)
-        self.starts["offline"] = np.append(self.starts["offline"], np.arange(start, end))
 
     def sample(self, rng, count, length, part="offline"):
         """`count` sequences of `length` steps -> dict of (count, length, ...), `is_first` set at
-        their starts. In the online part nothing counts as a demonstration."""
+        their starts."""
         at = self.starts[part][rng.integers(0, self.choices(part, length), size=count)]
         at = torch.from_numpy(at[:, None] + np.arange(length)).to(self.device)
         batch = {name: values[at] for name, values in self.data.items()}
         batch["is_first"][:, 0] = True
-        if part == "online":
-            batch["is_demo"][:] = False
         return batch
 
     def choices(self, part, length):
         """How many sequences of `length` steps a part has; `starts` ascends."""
         return int(np.searchsorted(self.starts[part], self.size - length, "right"))
-
-
-def episode_score(cfg, reward):
-    """The mean of an episode's rewards (L,) up to the time limit, with the largest reward counted
-    at every step from its first occurrence on -> (mean, step of that occurrence)."""
-    peak = int(reward.argmax())
-    kept = reward[:peak].sum() + max(1, cfg.episode_steps - peak) * reward[peak]
-    return float(kept) / cfg.episode_steps, peak
-
-
-def progress_mask(cfg, reward):
-    """Which actions (L,) of an episode with rewards (L,) the behaviour term imitates: those of
-    stretches of at most `imitate_ahead` steps that end in a new highest reward (0: all).
-
-    DEPARTURE, for data that do more than the task asks: a detour is in the model's and the critics'
-    data, but not what the policy imitates. Source: imitation of the best actions alone, Chen et al.
-    2020 (BAIL)."""
-    if not cfg.imitate_ahead:
-        return np.ones(len(reward), bool)
-    best = np.maximum.accumulate(np.append(0, reward))
-    rises = np.flatnonzero(np.diff(best) > 0)
-    took = np.diff(rises, prepend=-1)                     # steps from one rise to the next
-    mask = np.repeat(took <= cfg.imitate_ahead, took)
-    return np.pad(mask, (0, len(reward) - len(mask)))
 
 
 def sample_batch(cfg, rng, replay):
@@ -1495,7 +1424,7 @@ def evaluate(cfg, workers, agent, episodes, first=0):
     Franka Kitchen also Kitchen.score."""
     rows, values, rewards, videos, gamma = [], [], [], [], cfg.gamma
     seeds = [episode_seed(cfg, "evaluation", first + index) for index in range(episodes)]
-    played = workers.play(agent.ema_policy, seeds, sample=cfg.eval_stochastic)
+    played = workers.play(agent.ema_policy, seeds, sample=False)
     for episode in tqdm(played, total=episodes, desc="evaluation", leave=False):
         reward = episode["reward"]
         discounted = (1 - gamma) * sum(gamma ** t * r for t, r in enumerate(reward))
@@ -1540,7 +1469,7 @@ def play_here(cfg, env, item):
     weights, seed, sample = item
     policy = worker["policy"]
     weights = {name: torch.from_numpy(value) for name, value in weights.items()}
-    policy.load_state_dict(policy.state_dict() | weights)
+    policy.load_state_dict(weights)
     return rollout(cfg, env, policy, seed, sample)
 
 
@@ -1579,8 +1508,7 @@ class RolloutWorkers:
         """A `rollout` per seed with the policy's present weights, as a generator."""
         if self.pool is None:
             return (rollout(self.cfg, self.env, policy, seed, sample) for seed in seeds)
-        weights = {name: value.cpu().numpy().copy() for name, value in policy.state_dict().items()
-                   if not name.startswith(policy.idle)}
+        weights = {name: value.cpu().numpy().copy() for name, value in policy.state_dict().items()}
         return self.each(play_here, [(weights, seed, sample) for seed in seeds])
 
     def close(self):
@@ -1766,7 +1694,7 @@ class Run:
         digest, rewards = hashlib.sha256(), []
         for path in paths:                                             # one at a time: held once
             episode = load_episode(path, cfg.image_size, action_size)
-            self.replay.add(episode, is_demo=progress_mask(cfg, episode["reward"]))
+            self.replay.add(episode)
             for name in ("image", "action", "reward", "terminal"):
                 digest.update(np.ascontiguousarray(episode[name]))
             rewards.append(episode["reward"])
@@ -1777,9 +1705,6 @@ class Run:
         if self.state.setdefault("data", digest.hexdigest()) != digest.hexdigest():
             raise UserError(f"the offline data is not what {self.dir} began with; give its --data "
                             "or --cache, or choose another --logdir")
-        peak = max(reward.max() for reward in rewards)
-        self.demo_threshold = min((episode_score(cfg, reward)[0] for reward in rewards
-                                   if 0 < reward.max() == peak), default=math.inf)
         for index in range(self.state["episodes"]):
             self.add_online(index)
         self.clock("demonstrations", started)
@@ -1789,16 +1714,11 @@ class Run:
             raise UserError("a reward is neither 0 nor 1; use --reward-head normal")
 
     def add_online(self, index):
-        """Bring a saved online episode into memory. DEPARTURE: one that is as good as the worst
-        demonstration with the largest reward also joins the offline data, up to DEMO_TAIL steps
-        beyond its peak."""
+        """Bring a saved online episode into memory."""
         path = self.episode_path(index)
         episode = load_episode(path, self.cfg.image_size, self.env.action_size)
-        start, reward = self.replay.add(episode, False, "online"), episode["reward"]
-        self.check_reward(reward)
-        score, peak = episode_score(self.cfg, reward)
-        if score >= self.demo_threshold:
-            self.replay.join(start, progress_mask(self.cfg, reward[:peak + 1 + DEMO_TAIL]))
+        self.check_reward(episode["reward"])
+        self.replay.add(episode, "online")
 
     def episode_path(self, index):
         return self.dir / "episodes" / f"{index:05d}.npz"
@@ -1864,9 +1784,10 @@ class Run:
         pending = self.state["pending"]
         pending.append(metrics)
         if n % cfg.log_every == 0:
-            self.log({name: sum(m[name] for m in pending) / len(pending) for name in metrics})
+            self.log({name: float(np.mean([m[name] for m in pending if name in m]))
+                      for name in metrics})
             pending.clear()
-            shown = sorted({"model/image", "actor/value", "actor/behaviour_nll"} & metrics.keys())
+            shown = sorted({"model/image", "critic/value", "prior/behaviour_nll"} & metrics.keys())
             bar.set_postfix({name.split("/")[1]: f"{metrics[name]:.3g}" for name in shown})
         if n % cfg.save_every == 0:
             self.save()
@@ -2048,14 +1969,14 @@ CURVES = {                                                # panel: metric, line,
         ("evaluation/return", "o-C0", "real return from the start"),
         ("evaluation/infinite_horizon_return", "o--C0", "the same, its last reward going on"),
         ("evaluation/value_estimate", "s--C3", "the critics' estimate of it"),
-        ("actor/value", "-C4", "value of the data's states, V"),
+        ("critic/value", "-C4", "value of the data's decisions, Q"),
         ("imagined/reward", "-C2", "imagined reward per step")],
     "losses of model (nats per step) and critics": [
         (name, "", name) for name in ("model/image", "model/kl", "model/reward", "critic/value",
                                       "model/continuation", "critic/real", "critic/imagined")],
     "nats per action": [
-        ("actor/behaviour_nll", "-C5", "-ln pi(demonstrated action), Eq 13"),
-        ("actor/entropy", "-C9", "policy's entropy")]}
+        ("prior/behaviour_nll", "-C5", "-ln b(demonstrated action), Eq 13"),
+        ("actor/correction", "-C1", "mean size of the correction |d|, in units of its bound")]}
 
 
 def draw_curve(cfg, rows, path):
@@ -2145,7 +2066,7 @@ def build_config(**given):
     if given["preset"] == "auto":
         given["preset"] = "paper" if gpu else "laptop"
     preset, task = given["preset"], given.get("task")
-    task = TASKS[preset].get(task, {}) | TUNED[preset].get(task, {})
+    task = TASKS[preset].get(task, {})
     cfg = Config(**(PRESETS[preset] | task | VARIANTS[given["variant"]] | given))
     cfg.workers = cfg.workers or min(8, cores())
     if cfg.reward_head == "auto":

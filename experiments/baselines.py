@@ -41,15 +41,15 @@ class IQL(moto.Agent):
     instead of 95 % offline). Source: Kostrikov et al. 2021.
     """
     expectile, temperature = 0.5, 3.0                                # as in the paper
-    trunk = "encoder"
 
     def __init__(self, cfg, action_size, terminates, device, compiled=False):
         super().__init__(cfg, device)
-        self.encoder, self.actor = moto.StackEncoder(cfg), moto.Actor(cfg, action_size)
-        self.ema_policy = moto.StackPolicy(self.encoder, self.actor)
+        self.encoder = moto.StackEncoder(cfg)
+        self.actor = moto.GaussianActor(cfg, action_size)
+        self.ema_policy = moto.Policy(cfg, self.encoder, self.actor)
         self.critic = moto.Critic(cfg, action_size)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.value = moto.mlp(cfg.deter + cfg.stoch, cfg.hidden, 1)
+        self.value = moto.mlp(cfg.hidden, cfg.hidden, 1)
         self.prepare(encoder=cfg.actor_lr, actor=cfg.actor_lr, critic=cfg.critic_lr,
                      value=cfg.critic_lr)
 
@@ -59,31 +59,32 @@ class IQL(moto.Agent):
         with self.autocast():
             loss, metrics = self.losses(feat, batch)
         metrics |= self.step(loss, *self.optimisers)
-        self.ema_policy.update_ema(self.encoder, self.actor, self.cfg.ema_rate)
+        self.ema_policy.update_ema(encoder=self.encoder, prior=self.actor)
         moto.update_target(self.target, self.critic, self.cfg.target_rate)
         return moto.as_numbers(metrics)
 
     def losses(self, feat, batch):
-        """feat (B, T', F) of the stacked images, batch of (B, T', ...) -> loss, metrics."""
+        """feat (B, T', E) of the stacked images, batch of (B, T', ...) -> loss, metrics."""
         cfg, a, valid, unit = self.cfg, batch["a"][:, 1:], batch["valid"], self.critic.unit
         q = self.target(feat[:, :-1].detach(), a).min(0).values
         V = unit * self.value(feat).float().squeeze(-1)
         advantage = q - V[:, :-1]
         value = expectile_loss(advantage / unit, self.expectile, valid)
-        y = moto.critic_target(batch["r"], batch["is_terminal"], V, cfg.gamma)
+        discount = cfg.gamma * (1 - batch["is_terminal"][:, 1:])
+        y = moto.critic_target(batch["r"][:, 1:], discount, V[:, 1:])
         critic = moto.critic_loss(self.critic(feat[:, :-1], a), y, valid, unit)
         advantage_weight = (self.temperature * advantage.detach()).exp().clamp(max=100)
         nll = moto.action_nll(self.actor, feat, batch["a"])
         actor = moto.weighted_mean(advantage_weight * nll, valid)
         return value + critic + actor, {
-            "actor/behaviour_nll": moto.weighted_mean(nll, batch["bc_mask"]),
+            "actor/behaviour_nll": moto.weighted_mean(nll, valid),
             "critic/real": critic, "critic/value": value, "actor/value": V.mean() / unit,
             "actor/weight": moto.weighted_mean(advantage_weight, valid)}
 
     @torch.no_grad()
     def value_estimate(self, image):
         """The critics' value estimate at an episode's first image (P, P, 3), times 1 - gamma."""
-        a, frames = self.ema_policy.act(image)
+        a, (frames, *_) = self.ema_policy.act(image)
         feat, a = self.encoder(torch.cat(frames, 1)), torch.as_tensor(a, device=self.device)[None]
         return float(self.target(feat, a).min() / self.target.unit)
 
@@ -100,12 +101,12 @@ class CQL(moto.Agent):
     et al. 2020; Haarnoja et al. 2018.
     """
     cql_weight, samples = 5.0, 10                                    # the first as in the paper
-    trunk = "encoder"
 
     def __init__(self, cfg, action_size, terminates, device, compiled=False):
         super().__init__(cfg, device)
-        self.encoder, self.actor = moto.StackEncoder(cfg), moto.Actor(cfg, action_size)
-        self.ema_policy = moto.StackPolicy(self.encoder, self.actor)
+        self.encoder = moto.StackEncoder(cfg)
+        self.actor = moto.GaussianActor(cfg, action_size)
+        self.ema_policy = moto.Policy(cfg, self.encoder, self.actor)
         self.critic = moto.Critic(cfg, action_size)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_tau = nn.ParameterList([nn.Parameter(torch.tensor(math.log(0.1)))])
@@ -118,18 +119,19 @@ class CQL(moto.Agent):
         with self.autocast():
             loss, metrics = self.losses(feat, batch)
         metrics |= self.step(loss, *self.optimisers)
-        self.ema_policy.update_ema(self.encoder, self.actor, self.cfg.ema_rate)
+        self.ema_policy.update_ema(encoder=self.encoder, prior=self.actor)
         moto.update_target(self.target, self.critic, self.cfg.target_rate)
         return moto.as_numbers(metrics)
 
     def losses(self, feat, batch):
-        """feat (B, T', F) of the stacked images, batch of (B, T', ...) -> loss, metrics."""
+        """feat (B, T', E) of the stacked images, batch of (B, T', ...) -> loss, metrics."""
         cfg, a, valid, unit = self.cfg, batch["a"][:, 1:], batch["valid"], self.critic.unit
         feat_sg, (log_tau,) = feat.detach(), self.log_tau
         policy = self.actor(feat_sg)
         policy_action, logp = policy.rsample(torch.randn_like(policy.mean))  # (B, T', A), (B, T')
         V = (self.target(feat_sg, policy_action).min(0).values - log_tau.exp() * logp).detach()
-        y = moto.critic_target(batch["r"], batch["is_terminal"], V, cfg.gamma)
+        discount = cfg.gamma * (1 - batch["is_terminal"][:, 1:])
+        y = moto.critic_target(batch["r"][:, 1:], discount, V[:, 1:])
         q = self.critic(feat[:, :-1], a)
         critic, gap = moto.critic_loss(q, y, valid, unit), q.new_zeros(())
         if self.cql_weight:
@@ -139,7 +141,7 @@ class CQL(moto.Agent):
             q_policy = self.critic(feat_sg, policy_action).min(0).values
         actor = (log_tau.exp().detach() * logp - q_policy).mean() / unit
         balance = -log_tau * (logp.detach() - a.shape[-1]).mean()
-        nll = moto.behaviour_loss(self.actor, feat_sg, batch["a"], batch["bc_mask"])
+        nll = moto.behaviour_loss(self.actor, feat_sg, batch["a"], valid)
         return critic + self.cql_weight * gap + actor + balance, {
             "actor/behaviour_nll": nll, "critic/real": critic, "critic/gap": gap * unit ** 2,
             "actor/value": q_policy.mean() / unit, "actor/entropy": -logp.mean(),
@@ -161,7 +163,7 @@ class CQL(moto.Agent):
     @torch.no_grad()
     def value_estimate(self, image):
         """The critics' value estimate at an episode's first image (P, P, 3), times 1 - gamma."""
-        a, frames = self.ema_policy.act(image)
+        a, (frames, *_) = self.ema_policy.act(image)
         feat, a = self.encoder(torch.cat(frames, 1)), torch.as_tensor(a, device=self.device)[None]
         return float(self.target(feat, a).min() / self.target.unit)
 
