@@ -81,7 +81,7 @@ class Config:
     cache: str = opt("runs/demos", "where demonstrations are kept for the next run")
     offline_fraction: float = opt(0.5, "online: share of a batch from the offline data", "[0, 1]")
     batch: int = opt(12, "B, sequences per batch [LOMPO: 64]", "[1, inf)")
-    length: int = opt(24, "T, steps per sequence [LOMPO: 50]", "[4, inf)")
+    length: int = opt(24, "T, steps per sequence [LOMPO: 50]", "[1, inf)")
     # World model
     channels: int = opt(16, "width of the first convolution; it doubles three times", "[1, inf)")
     deter: int = opt(256, "D, size of h [LOMPO: 256]", "[1, inf)")
@@ -987,12 +987,16 @@ class MOTO(BC):
                     "critic/value": q.mean().detach() / unit}
         return (1 - cfg.imagined) * on_real + cfg.imagined * on_imagined, metrics
 
+    def first_feature(self, image):
+        """The feature (1, E) at an episode's first image, uint8 (P, P, 3)."""
+        x = to_image(torch.as_tensor(image, device=self.device))[None]
+        return self.ema_policy.encoder(torch.cat([x] * FRAMES, 1))
+
     @torch.no_grad()
     def value_estimate(self, image):
         """The critics' estimate for the decision at an episode's first image (P, P, 3), in units of
         1 / (1 - gamma)."""
-        x = to_image(torch.as_tensor(image, device=self.device))[None]
-        e = self.ema_policy.encoder(torch.cat([x] * FRAMES, 1))
+        e = self.first_feature(image)
         return float(self.target(e, self.ema_policy.actor(e)).min() / self.target.unit)
 
 
@@ -2118,7 +2122,9 @@ def check_config(cfg):
              for f in dataclasses.fields(cfg) if f.metadata["allowed"]]
     gpus = torch.cuda.device_count()
     devices = ["cpu", *["cuda"] * bool(gpus), *(f"cuda:{index}" for index in range(gpus))]
+    shortest = cfg.hold + FRAMES
     rules += [("image_size", cfg.image_size % 16 == 0, "a multiple of 16"),
+              ("length", cfg.length >= shortest, f"at least {shortest}: --hold and {FRAMES} images"),
               ("precision", cfg.precision in ("float32", "bfloat16"), "auto, float32 or bfloat16"),
               ("reward_head", cfg.reward_head in ("bernoulli", "normal"),
                "auto, bernoulli or normal"),

@@ -66,12 +66,14 @@ def synthetic_replay(cfg, episodes):
     for _ in range(episodes):
         store.add({"image": rng.integers(0, 256, (L + 1, P, P, 3), np.uint8), "terminal": False,
                    "action": rng.uniform(-0.9, 0.9, (L, A)).astype(np.float32),
-                   "reward": (rng.random(L) < 0.1).astype(np.float32)}, is_demo=True)
+                   "reward": (rng.random(L) < 0.1).astype(np.float32)})
     return store
 
 
-def learner(cfg, compiled=False, warm=3):
-    """An agent, and a call that updates it once on synthetic data; some updates warm it up."""
+def learner(cfg, compiled=False, warm=3, online=True):
+    """An agent, and a call that updates it once on synthetic data, as online or as offline; some
+    updates warm it up."""
+    cfg = dataclasses.replace(cfg, warmup=0, offline_updates=0 if online else 10 ** 9)
     agent = moto.MOTO(cfg, 4, False, cfg.device, compiled)
     store, rng = synthetic_replay(cfg, 10), np.random.default_rng(0)
     update = lambda: agent.update(store.sample(rng, cfg.batch, cfg.length))
@@ -105,50 +107,54 @@ def bench_forms(cfg, repeat=15):
 def bench_parts(cfg, repeat=10):
     """Milliseconds and operations of the parts of one update (forward and backward), eager."""
     (agent, update), store = learner(cfg), synthetic_replay(cfg, 10)
-    rng, model, device = np.random.default_rng(0), agent.model, cfg.device
-    B, T, D, H = cfg.batch, cfg.length, cfg.deter, cfg.horizon
-    sample = lambda: store.sample(rng, B, T)
-    x = moto.to_image(sample()["image"]).flatten(0, 1)
+    rng, model, policy, device = np.random.default_rng(0), agent.model, agent.ema_policy, cfg.device
+    sample = lambda: store.sample(rng, cfg.batch, cfg.length)
     batch = agent.prepare_batch(sample())
-    feat = torch.randn(B, T, D + cfg.stoch, device=device)
-    start = feat.flatten(0, 1)
-    embed = torch.randn(B, T, cfg.hidden, device=device, requires_grad=True)
-    states, actions = start.expand(H + 1, -1, -1), torch.zeros(H + 1, B * T, 4, device=device)
-    everything = lambda values: sum(value.float().sum() for value in values)
+    x = moto.to_image(batch["image"])
+    with torch.no_grad():
+        e, later = agent.encode_frames(policy.encoder, batch, shift=0)
+        feat = torch.cat(model.observe(x, batch["a"], batch["is_first"])[:2], -1)[:, -e.shape[1]:]
+    batch |= {"x": x, "e": e}
+    start = [value[:, cfg.hold:].flatten(0, 1) for value in (feat, e)]
 
-    def both_ways(forward, *constant):
+    def both_ways(forward):
         def call():
-            with moto.frozen(*constant), agent.autocast():
+            with agent.autocast():
                 loss = forward()
             loss.backward()
         return call
+
+    @torch.no_grad()
+    def features():
+        agent.encode_frames(policy.encoder, batch, shift=0)
 
     def optimisers():
         for name, optimiser in agent.optimisers.items():
             nn.utils.clip_grad_norm_(agent.modules[name].parameters(), moto.GRAD_CLIP)
             optimiser.step()
         moto.update_target(agent.target, agent.critic, cfg.target_rate)
-        agent.ema_policy.update_ema(model, agent.actor, cfg.ema_rate)
+        policy.update_ema(actor=agent.actor)
+
+    def imagination():
+        with agent.autocast():
+            agent.expand(*start)
     calls = {
-        "whole update": update, "optimisers": optimisers, "data": sample,
-        "encoder": both_ways(lambda: model.encoder(x).float().sum()),
-        "recurrent pass": lambda: sum(                          # one for the model, one to forget
-            everything(model.filter(embed * 1, batch["a"], batch["is_first"]))
-            for _ in range(1 + bool(cfg.reset_prob))).backward(),
-        "model": both_ways(lambda: agent.model_terms(batch)[0], agent.actor),
-        "imagination": both_ways(lambda: everything(
-            moto.imagine(model, agent.actor, start[:, :D], start[:, D:], H).values()), model),
-        "critic": both_ways(lambda: agent.critic(states, actions).sum()),
-        "policy": both_ways(lambda: agent.policy_terms(feat, feat, batch)[0], model)}
+        "offline update": learner(cfg, online=False)[1], "online update": update, "data": sample,
+        "behaviour prior": both_ways(lambda: agent.losses(
+            *agent.encode_frames(agent.encoder, batch, cfg.shift))[0]),
+        "features": features, "encoder": both_ways(
+            lambda: model.encoder(x.flatten(0, 1)).float().sum()),
+        "model": both_ways(lambda: agent.model_terms(batch)[0]), "imagination": imagination,
+        "critic": both_ways(lambda: agent.critic_terms(feat, e, later)[0]),
+        "actor": both_ways(lambda: agent.actor_terms(e)[0]), "optimisers": optimisers}
     medians(calls, 2, device)
     ms = {name: 1e3 * seconds for name, seconds in medians(calls, repeat, device).items()}
     gflop = {name: flops(call) / 1e9 for name, call in calls.items()}
     for values in ms, gflop:
-        decoder = values.pop("model") - values["encoder"] - values["recurrent pass"]
-        values["decoder and model loss"] = decoder
-        values["actor"] = values.pop("policy") - values["imagination"] - values["critic"]
-    order = ("data", "encoder", "recurrent pass", "decoder and model loss", "imagination",
-             "critic", "actor", "optimisers", "whole update")
+        values["model's rest"] = values.pop("model") - values["encoder"]
+        values["critic"] -= values["imagination"]
+    order = ("data", "behaviour prior", "features", "encoder", "model's rest", "imagination",
+             "critic", "actor", "optimisers", "offline update", "online update")
     return {name: {"ms": ms[name], "gflop": gflop[name]} for name in order}
 
 
@@ -161,7 +167,9 @@ def bench_growth(cfg, repeat=4):
                          "width": ["channels", "deter", "stoch", "hidden"]}.items():
         calls = {}
         for factor in (0.5, 1, 2):
-            sizes = {name: max(2, round(factor * getattr(cfg, name))) for name in names}
+            least = {"length": cfg.hold + moto.FRAMES}
+            sizes = {name: max(least.get(name, 1), round(factor * getattr(cfg, name)))
+                     for name in names}
             calls[f"{factor:g}x"] = learner(dataclasses.replace(cfg, **sizes), warm=1)[1]
         timings = medians(calls, repeat, cfg.device)
         table[label] = {size: 1e3 * seconds for size, seconds in timings.items()}

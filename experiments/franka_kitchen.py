@@ -250,21 +250,18 @@ def draw_combination(run, path, dreams=64, steps=200):
     """The paper's Figure 4: does the model know what it has never seen, all four in place?
 
     Above: a scripted episode of all four, filtered; the model's reward for it against the true one.
-    Below: the policy's own dreams from that first image, with the weights and the mean actions it
-    acts by: `dreams` of them, which differ in the latents drawn, and frames of the most rewarded
-    one. Returns the largest predicted reward of each: {"predicted_unseen", "dreamt"}.
+    Below: the policy's own dreams from that first image, without its noise: `dreams` of them, which
+    differ in the latents drawn, and frames of the most rewarded one. Returns the largest predicted reward of each: {"predicted_unseen", "dreamt"}.
     """
     agent, env = run.agent, run.env
-    model, episode = agent.ema_policy.model, env.unseen_episode()
-
-    def mean_actor(feat):
-        mean = agent.ema_policy.actor(feat).mean
-        return moto.TanhNormal(mean, torch.full((1,), 1e-6, device=feat.device))
+    model, episode = agent.model, env.unseen_episode()
     x, a, is_first = moto.as_sequence(agent, episode)
     h, z, *_ = (v[0] for v in model.observe(x, a, is_first))
     predicted = model.expected_reward(torch.cat([h, z], -1)).cpu()
-    first = h[:1].repeat(dreams, 1), z[:1].repeat(dreams, 1)
-    dream = moto.imagine(model, mean_actor, *first, steps)["feat"]
+    first = (h[:1], z[:1], agent.first_feature(episode["image"][0]))
+    first = [value.repeat(dreams, 1) for value in first]
+    policy, hold = agent.ema_policy, run.cfg.hold
+    dream = moto.imagine(model, policy, policy.actor, *first, steps // hold, hold)["feat"]
     dreamt = model.expected_reward(dream).cpu()           # (steps + 1, dreams)
     best = int(dreamt.amax(0).argmax())
     fig, axes = moto.figure(13, 8, 4, 1, height_ratios=[1, 1.6, 1, 1.6])
