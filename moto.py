@@ -145,7 +145,7 @@ TASKS = {                         # by preset: a task's protocol and budget, not
     "laptop": dict.fromkeys(("assembly", "bin-picking", "box-close", "coffee-push", "disassemble",
                              "hammer"), HARD)
     | dict.fromkeys(KITCHENS, KITCHEN | dict(
-        offline_updates=6000, online_episodes=100, updates_per_episode=40, eval_every=1000,
+        offline_updates=5000, online_episodes=100, updates_per_episode=20, eval_every=1000,
         final_episodes=20)),
     "debug": dict.fromkeys(KITCHENS, KITCHEN | dict(demos=2, final_episodes=1)),
     "paper": dict.fromkeys(KITCHENS, KITCHEN | dict(offline_updates=10_000, online_episodes=1300)),
@@ -2124,7 +2124,7 @@ def check_config(cfg):
     devices = ["cpu", *["cuda"] * bool(gpus), *(f"cuda:{index}" for index in range(gpus))]
     shortest = cfg.hold + FRAMES
     rules += [("image_size", cfg.image_size % 16 == 0, "a multiple of 16"),
-              ("length", cfg.length >= shortest, f"at least {shortest}: --hold and {FRAMES} images"),
+              ("length", cfg.length >= shortest, f"at least {shortest}: --hold + {FRAMES} images"),
               ("precision", cfg.precision in ("float32", "bfloat16"), "auto, float32 or bfloat16"),
               ("reward_head", cfg.reward_head in ("bernoulli", "normal"),
                "auto, bernoulli or normal"),

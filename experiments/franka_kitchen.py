@@ -251,7 +251,8 @@ def draw_combination(run, path, dreams=64, steps=200):
 
     Above: a scripted episode of all four, filtered; the model's reward for it against the true one.
     Below: the policy's own dreams from that first image, without its noise: `dreams` of them, which
-    differ in the latents drawn, and frames of the most rewarded one. Returns the largest predicted reward of each: {"predicted_unseen", "dreamt"}.
+    differ in the latents drawn, and frames of the most rewarded one. Returns the largest predicted
+    reward of each: {"predicted_unseen", "dreamt"}.
     """
     agent, env = run.agent, run.env
     model, episode = agent.model, env.unseen_episode()
