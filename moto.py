@@ -1085,42 +1085,30 @@ def load_episode(path, image_size, action_size):
     UserError."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except Exception as error:                            # zip, zlib, pickle, header, system
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); it is missing, "
-                        "truncated or no .npz of plain arrays: rewrite it or remove it") from None
-    missing = {"image", "action", "reward"} - arrays.keys()
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}; an episode has image, action "
-                        "and reward")
-    image, action, reward = arrays["image"], arrays["action"], arrays["reward"]
-    terminal = arrays.get("terminal", np.zeros((), bool))
-    L = len(reward) if reward.ndim else 0
-    images = L + 1, image_size, image_size, 3
-    for wanted, fine, found in (
-            ("image of uint8", image.dtype == np.uint8, image.dtype),
-            ("action of floating point", action.dtype.kind == "f", action.dtype),
-            ("reward of floats or whole numbers", reward.dtype.kind in "fiub", reward.dtype),
-            ("reward of shape (L,) with at least one step", reward.ndim == 1 and L, reward.shape),
-            (f"action of shape {L, action_size}", action.shape == (L, action_size), action.shape),
-            (f"image of shape {images}, one more than rewards", image.shape == images, image.shape),
-            ("terminal to be one bool", terminal.size == 1, terminal.shape)):
+            image, action, reward = (file[name] for name in ("image", "action", "reward"))
+            terminal = file["terminal"] if "terminal" in file else np.array(False)
+    except Exception as error:                            # zip, zlib, pickle, header, no such array
+        raise UserError(f"{path} cannot be read as an episode ({type(error).__name__}: {error}); "
+                        "it has plain arrays image, action, reward: correct or remove it") from None
+    L = reward.size
+    images, actions = (L + 1, image_size, image_size, 3), (L, action_size)
+    for name, array, wanted, fine in (
+            ("reward", reward, "finite numbers (L,) with at least one step",
+             reward.dtype.kind in "fiub" and reward.shape == (L,) and L
+             and np.isfinite(reward).all()),
+            ("action", action, f"floating point of shape {actions}, finite and in [-1, 1]",
+             action.dtype.kind == "f" and action.shape == actions and abs(action).max() <= 1.001),
+            ("image", image, f"uint8 of shape {images}, one more than rewards",
+             image.dtype == np.uint8 and image.shape == images),
+            ("terminal", terminal, "one bool", terminal.size == 1)):
         if not fine:
-            raise UserError(f"{path}: expected {wanted}, found {found}; correct or remove the file")
-    for name, array, limit, wanted in (("action", action, 1.001, "finite and in [-1, 1]"),
-                                       ("reward", reward, np.inf, "finite")):
-        if not np.isfinite(array).all() or np.abs(array).max() > limit:
-            raise UserError(f"{path}: {name} must be {wanted}, found {array.min():g} to "
-                            f"{array.max():g}; correct the file or remove it")
+            found = f"{array.dtype} {array.shape}"
+            if array.size and array.dtype.kind in "fiu":
+                found += f" from {array.min():g} to {array.max():g}"
+            raise UserError(f"{path}: {name} must be {wanted}, found {found}; correct the file or "
+                            "remove it")
     return {"image": image, "action": action.astype(np.float32),
             "reward": reward.astype(np.float32), "terminal": bool(terminal)}
-
-
-def count_steps(path):
-    """The number of images in an episode's file; 0 where it cannot be read."""
-    with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:
-        return len(file["reward"]) + 1
-    return 0
 
 
 class Replay:
@@ -1210,26 +1198,17 @@ def sample_batch(cfg, rng, replay):
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def memory_bytes(device):
-    """The memory of a GPU, or of this machine as far as the process may use it; None if unknown."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[1]
-    found = []
-    with contextlib.suppress(AttributeError, ValueError, OSError):                # Windows
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    with contextlib.suppress(ValueError, OSError):        # a container's limit, or "max"
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(found, default=None)
-
-
-def check_memory(cfg, action_size, steps):
-    """Raise UserError where a replay of `steps` would take more than four fifths of the memory."""
-    needed = steps * (3 * cfg.image_size ** 2 + 4 * action_size + 10)
-    there = memory_bytes(cfg.device)
-    if there is not None and needed > 0.8 * there:
-        raise UserError(f"the replay takes {needed / 1e9:,.1f} GB ({steps:,} steps with images of "
-                        f"{cfg.image_size} x {cfg.image_size}), and {cfg.device} has "
-                        f"{there / 1e9:,.1f} in all; lower --online-episodes, --episode-steps, "
+def check_memory(cfg, steps):
+    """Raise UserError where the images of `steps` would take more than four fifths of the memory
+    of the GPU or of this machine."""
+    needed, there = steps * 3 * cfg.image_size ** 2, math.inf
+    if cfg.device.startswith("cuda"):
+        there = torch.cuda.mem_get_info(cfg.device)[1]
+    elif hasattr(os, "sysconf"):                          # not on Windows
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > 0.8 * there:
+        raise UserError(f"{steps:,} steps take {needed / 1e9:,.1f} GB, and {cfg.device} has "
+                        f"{there / 1e9:,.1f} GB in all; lower --online-episodes, --episode-steps, "
                         "--demos or --image-size")
 
 
@@ -1240,18 +1219,11 @@ def check_memory(cfg, action_size, steps):
 # and max_demo_reward (the largest reward that a demonstration may contain). It may have
 # score(rewards) -> dict, beside the success rate, and draw(run, path) -> dict, its own picture.
 
-GL_HELP = ("no OpenGL backend works for MuJoCo without a screen; install one (Debian, Ubuntu: "
-           "apt-get install libegl1 libgl1-mesa-dri, or libosmesa6) or set MUJOCO_GL to one that "
-           "works")
-
-
 def choose_gl():
     """Set MUJOCO_GL before mujoco is imported: as the user wants it, else EGL, else OSMesa. Returns
     "", or, where nothing works, a sentence with cause and remedy."""
     if not sys.platform.startswith("linux") or "mujoco" in sys.modules or worker:
         return ""
-    wishes = [f"{name}={os.environ[name]}" for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM")
-              if os.environ.get(name)]
     trial = ("import mujoco; "
              "mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8).close()")
     wished = os.environ.get("MUJOCO_GL")
@@ -1261,8 +1233,8 @@ def choose_gl():
         if done.returncode == 0:
             os.environ["MUJOCO_GL"] = backend
             return ""
-    cause = f" with {' and '.join(wishes)}; unset it. Without it," * bool(wishes)
-    return f"MuJoCo cannot render{cause}: {GL_HELP}"
+    return ("MuJoCo cannot render: unset MUJOCO_GL and PYOPENGL_PLATFORM, or install an OpenGL "
+            "backend (Debian, Ubuntu: apt-get install libegl1 libgl1-mesa-dri, or libosmesa6)")
 
 
 def nearest(name, known):
@@ -1298,6 +1270,7 @@ class Camera:
         self.free = mujoco.MjvCamera()
         for name, value in view.items():
             setattr(self.free, name, value)
+        self.close = self.renderer.close
 
     def describe(self):
         """All that decides what an image looks like."""
@@ -1313,9 +1286,6 @@ class Camera:
         image, n = self.renderer.render().astype(np.uint16), self.finer
         total = sum(image[i::n, j::n] for i in range(n) for j in range(n))
         return (total / n ** 2).round().astype(np.uint8)
-
-    def close(self):
-        self.renderer.close()
 
 
 class MetaWorld:
@@ -1372,11 +1342,8 @@ class MetaWorld:
 def extra(name):
     """The module experiments/<name>.py; a run's folder has a copy beside its moto.py."""
     here = Path(__file__).resolve().parent
-    folder = next((f for f in (here / "experiments", here) if (f / f"{name}.py").exists()), None)
-    if folder is None:
-        raise UserError(f"experiments/{name}.py is not beside {__file__}; clone the repository")
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+    sys.path += [str(folder) for folder in (here, here / "experiments")
+                 if str(folder) not in sys.path]
     return importlib.import_module(name)
 
 
@@ -1522,11 +1489,7 @@ def init_worker(cfg):
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     worker["cfg"] = cfg
-    try:
-        env = make_env(cfg)
-    except UserError as trouble:                          # a task that only the parent knows
-        print(f"moto: in a process that plays episodes: {trouble}", file=sys.stderr, flush=True)
-        os._exit(2)
+    env = make_env(cfg)
     cpu = dataclasses.replace(cfg, device="cpu")
     agent = make_agent(cpu, env.action_size, env.terminates, "cpu")
     worker.update(env=env, policy=agent.ema_policy)
@@ -1534,6 +1497,10 @@ def init_worker(cfg):
 
 def call_here(function, item):
     return function(worker["cfg"], worker["env"], item)
+
+
+def ready(cfg, env, item):
+    """Called once by each rollout worker: fails if it cannot start."""
 
 
 def play_here(cfg, env, item):
@@ -1546,22 +1513,15 @@ def play_here(cfg, env, item):
 
 class RolloutWorkers:
     """Processes that play episodes, each with a simulator and a policy of its own, on one core.
-    With one worker all is played here, in this process. Raises UserError where they do not start,
-    EpisodeError where one has died."""
+    With one worker all is played here, in this process. Raises EpisodeError where one does not
+    start or has died."""
 
     def __init__(self, cfg, env):
         self.cfg, self.env, self.pool = cfg, env, None
         if cfg.workers > 1:
             context = multiprocessing.get_context("spawn")
             self.pool = ProcessPoolExecutor(cfg.workers, context, init_worker, (cfg,))
-            try:
-                [one.result() for one in [self.pool.submit(os.getpid) for _ in range(cfg.workers)]]
-            except BrokenExecutor:
-                exit_if_asked()                           # the signal went to all of them
-                raise UserError("the rollout workers did not start (their message is above); they "
-                                "import your script: call moto.main under `if __name__ == "
-                                "\"__main__\":`, register agents above it; or use --workers 1"
-                                ) from None
+            list(self.each(ready, range(cfg.workers)))
 
     def each(self, function, items):
         """function(cfg, env, item) for each item, in order, as a generator."""
@@ -1572,8 +1532,11 @@ class RolloutWorkers:
             yield from self.pool.map(functools.partial(call_here, function), items)
         except BrokenExecutor:
             exit_if_asked()                               # the signal went to all of them
-            raise EpisodeError("a process that plays episodes died (out of memory?); repeat the "
-                               "command with --workers 1") from None
+            raise EpisodeError(
+                "a process that plays episodes did not start or has died (its message, if any, is "
+                "above; out of memory?); repeat the command with --workers 1. A script must call "
+                "moto.main under `if __name__ == \"__main__\":`, register agents above it"
+                ) from None
 
     def play(self, policy, seeds, sample):
         """A `rollout` per seed with the policy's present weights, as a generator."""
@@ -1604,19 +1567,16 @@ def machine(device):
     return f"{cores()} cores of {name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def gpu_memory_gb(device):
-    """The most GPU memory that tensors held at once, in GiB; zero on a CPU."""
-    if not device.startswith("cuda"):
-        return 0.0
-    return round(torch.cuda.max_memory_allocated(device) / 2 ** 30, 2)
-
-
-def peak_memory_gb():
-    """The largest resident memory this process ever had, in GiB; None on Windows."""
-    with contextlib.suppress(ImportError):
+def peak_memory(device):
+    """The most memory that this process, and on a GPU its tensors, ever had at once, in GiB."""
+    peak = {"peak_memory_gb": None, "gpu_memory_gb": 0.0}
+    with contextlib.suppress(ImportError):                # Windows
         import resource
         unit = 2 ** 20 if sys.platform.startswith("linux") else 2 ** 30
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
+        peak["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    if device.startswith("cuda"):
+        peak["gpu_memory_gb"] = torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return {name: value and round(value, 2) for name, value in peak.items()}
 
 
 # ---- A run: its folder, its state, its checkpoint ------------------------------------------------
@@ -1757,20 +1717,18 @@ class Run:
         cfg, started, action_size = self.cfg, time.perf_counter(), self.env.action_size
         most = max(cfg.online_episodes, self.state["episodes"])        # one may be ahead
         space = most * (cfg.episode_steps + 1)
-        scripted = 0 if cfg.data else cfg.demos * (cfg.episode_steps + 1)
-        check_memory(cfg, action_size, scripted + space)               # before they are made
+        check_memory(cfg, space)
         paths = offline_paths(cfg, self.workers)
-        steps = sum(map(count_steps, paths))
-        check_memory(cfg, action_size, steps + space)                  # before they are read
+        episodes = [load_episode(path, cfg.image_size, action_size) for path in paths]
+        rewards = [episode["reward"] for episode in episodes]
+        self.check_reward(np.concatenate(rewards))
+        steps = sum(len(episode["image"]) for episode in episodes)
         self.replay = Replay(steps + space, cfg.image_size, action_size, cfg.device)
-        digest, rewards = hashlib.sha256(), []
-        for path in paths:                                             # one at a time: held once
-            episode = load_episode(path, cfg.image_size, action_size)
+        digest = hashlib.sha256()
+        for episode in episodes:
             self.replay.add(episode, is_demo=progress_mask(cfg, episode["reward"]))
             for name in ("image", "action", "reward", "terminal"):
                 digest.update(np.ascontiguousarray(episode[name]))
-            rewards.append(episode["reward"])
-        self.check_reward(np.concatenate(rewards))
         if steps < cfg.length:
             raise UserError(f"the offline data has {steps} steps, fewer than one sequence; lower "
                             "--length")
@@ -2256,7 +2214,7 @@ def finish(run):
         "eval_episodes": final["episodes"], "updates": state["updates"],
         "env_steps": state["env_steps"], "device": cfg.device,
         "wall_seconds": seconds | {"total": round(sum(seconds.values()), 1)},
-        "peak_memory_gb": peak_memory_gb(), "gpu_memory_gb": gpu_memory_gb(cfg.device)})
+        **peak_memory(cfg.device)})
     print(f"success offline {offline['success']:.0%}, final {final['success']:.0%} (over "
           f"{final['episodes']} fresh episodes) in {sum(seconds.values()) / 60:.1f} minutes; "
           f"pictures and weights: {run.dir}")

@@ -1880,7 +1880,7 @@ GOOD = dict(image=full(6, 16, 16, 3, dtype=np.uint8), action=full(5, 2), reward=
     (dict(reward=full(5, value=np.inf)), "finite"),
     (dict(reward=full(0)), "at least one step"),
     (dict(action=np.array([{}] * 5)), "cannot be read"),
-    (dict(reward=None), "lacks reward"),
+    (dict(reward=None), "reward is not a file"),
     (dict(action=full(5, 2, dtype=np.int64)), "floating point"),
     (dict(terminal=full(3, dtype=bool)), "one bool"),
 ])
@@ -2319,7 +2319,7 @@ def test_a_users_gl_setting_that_does_not_work_is_named_as_the_cause(tmp_path, n
     unset = "MUJOCO_GL", "PYOPENGL_PLATFORM", "DISPLAY"
     env = {k: v for k, v in os.environ.items() if k not in unset} | {name: value}
     argv = flags(preset="debug", device="cpu", logdir=tmp_path)
-    fails_plainly(child(MAIN, *argv, env=env), f"{name}={value}", "unset it")
+    fails_plainly(child(MAIN, *argv, env=env), "unset MUJOCO_GL and PYOPENGL_PLATFORM")
 
 
 def test_frozen_leaves_what_was_frozen_before(agent):
