@@ -36,7 +36,7 @@ Time:    a[t] and r[t] are the action that led INTO x[t] and the reward received
 Sharp edges are marked "SHARP"; departures from the paper "DEPARTURE" (README lists them all).
 """
 import argparse, contextlib, copy, dataclasses, difflib, functools, hashlib, importlib.metadata
-import importlib.util, inspect, json, math, multiprocessing, os, platform, shutil, signal
+import importlib.util, inspect, json, math, multiprocessing, os, platform, signal
 import subprocess, sys, threading, time, warnings
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -1424,8 +1424,7 @@ def offline_paths(cfg, workers):
         return extra("franka_kitchen").render_minari(cfg, workers)
     paths = sorted(Path(cfg.data).glob("*.npz"))
     if not paths:
-        raise UserError(f"{cfg.data} holds no .npz episodes" if Path(cfg.data).is_dir() else
-                        f"there is no folder {cfg.data}; --data takes a folder of .npz episodes")
+        raise UserError(f"there is no folder {cfg.data} with .npz episodes; correct --data")
     return paths
 
 
@@ -1560,23 +1559,22 @@ def machine(device):
     """The name of the GPU, or of the processor with the number of cores."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    name = platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    name = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
     return f"{cores()} cores of {name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def peak_memory(device):
-    """The most memory that this process, and on a GPU its tensors, ever had at once, in GiB."""
-    peak = {"peak_memory_gb": None, "gpu_memory_gb": 0.0}
-    with contextlib.suppress(ImportError):                # Windows
+def gpu_memory_gb(device):
+    """The most GPU memory that tensors held at once, in GiB; zero on a CPU."""
+    used = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else 0
+    return round(used / 2 ** 30, 2)
+
+
+def peak_memory_gb():
+    """The largest resident memory this process ever had, in GiB; None on Windows."""
+    with contextlib.suppress(ImportError):
         import resource
         unit = 2 ** 20 if sys.platform.startswith("linux") else 2 ** 30
-        peak["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    if device.startswith("cuda"):
-        peak["gpu_memory_gb"] = torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return {name: value and round(value, 2) for name, value in peak.items()}
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
 
 
 # ---- A run: its folder, its state, its checkpoint ------------------------------------------------
@@ -1616,7 +1614,7 @@ class Run:
     def __init__(self, cfg, acting=False):
         self.cfg, self.dir, self.videos = cfg, Path(cfg.logdir), None
         self.state = {"updates": 0, "episodes": 0, "env_steps": 0, "seconds": {}, "scores": {},
-                      "pending": []}
+                      "pending": [], "logged": 0}
         started = time.perf_counter()
         checkpoint = None if acting else self.read_checkpoint()
         self.env = make_env(cfg)
@@ -1637,50 +1635,45 @@ class Run:
         seconds[stage] = seconds.get(stage, 0) + time.perf_counter() - started
 
     def save(self):
-        """Write the checkpoint beside the old one, then rename both: at each instant one is whole.
-        Then write agent.pt: what acts, small."""
+        """Keep the checkpoint before as checkpoint.previous.pt, write the new one, then agent.pt:
+        what acts, small."""
         checkpoint = {"config": dataclasses.asdict(self.cfg), "agent": self.agent.state_dict(),
                       "state": self.state, "torch_rng": torch.get_rng_state(),
                       "numpy_rng": json.dumps(self.rng.bit_generator.state)}
         if self.agent.device.type == "cuda":
             checkpoint["cuda_rng"] = torch.cuda.get_rng_state(self.agent.device)
-        path, fresh = self.dir / "checkpoint.pt", self.dir / "checkpoint.new.pt"
-        write_atomically(fresh, lambda file: torch.save(checkpoint, file))
+        path = self.dir / "checkpoint.pt"
         if path.exists():
             os.replace(path, self.dir / "checkpoint.previous.pt")
-        os.replace(fresh, path)
+        write_atomically(path, lambda file: torch.save(checkpoint, file))
         agent = {"updates": self.state["updates"], "modules": self.agent.acting_state()}
         write_atomically(self.dir / "agent.pt", lambda file: torch.save(agent, file))
 
     def read_checkpoint(self):
         """The newest whole checkpoint, or None where there is no run. Raises UserError on one that
         cannot be continued with this config. Weights only: a stranger's file runs nothing."""
-        damaged = False
-        for name in "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.new.pt":
-            try:
-                checkpoint = torch.load(self.dir / name, map_location="cpu", weights_only=True)
-                config, done = checkpoint["config"], checkpoint["state"]["updates"]
-                break
-            except FileNotFoundError:
-                continue
-            except Exception as error:
-                damaged = True
-                print(f"warning: {self.dir / name} cannot be read ({type(error).__name__})",
-                      file=sys.stderr)
+        for path in self.dir / "checkpoint.pt", self.dir / "checkpoint.previous.pt":
+            if path.exists():
+                try:
+                    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                    break
+                except Exception as error:
+                    print(f"warning: {path} cannot be read ({type(error).__name__})",
+                          file=sys.stderr)
         else:
             rows = read_metrics(self.dir / "metrics.jsonl")
-            scored = any(row.get("evaluation") in ("offline", "final") for row in rows)
-            if damaged or scored or (self.dir / "agent.pt").exists():
-                cause = "no checkpoint of it can be read" if damaged else "without its checkpoint"
-                raise UserError(f"{self.dir} holds a run, {cause}: it cannot be continued; choose "
-                                "another --logdir or remove the folder")
+            scored = any(row.get("evaluation") == "offline" for row in rows)
+            if scored or any(self.dir.glob("*.pt")):
+                raise UserError(f"{self.dir} holds a run, but no checkpoint that can be read: it "
+                                "cannot be continued; choose another --logdir or remove the folder")
             return None
-        changed = [f"{name} ({there} there, {here} now)" for name, (there, here) in
-                   differences(config, dataclasses.asdict(self.cfg)).items()]
+        changed = differences(checkpoint["config"], dataclasses.asdict(self.cfg))
         if changed:
-            raise UserError(f"{self.dir} has another config: {'; '.join(changed)}; repeat its "
-                            "flags, choose another --logdir, or use the moto.py there")
-        planned = planned_updates(self.cfg)
+            listed = "; ".join(f"{name} ({there} there, {here} now)"
+                               for name, (there, here) in changed.items())
+            raise UserError(f"{self.dir} has another config: {listed}; repeat its flags, choose "
+                            "another --logdir, or use the moto.py there")
+        done, planned = checkpoint["state"]["updates"], planned_updates(self.cfg)
         if done > planned:
             raise UserError(f"{self.dir} has {done} updates, more than the {planned} of this "
                             "budget; repeat its --online-episodes or more")
@@ -1695,7 +1688,7 @@ class Run:
             torch.set_rng_state(checkpoint["torch_rng"])
             if self.agent.device.type == "cuda" and "cuda_rng" in checkpoint:
                 torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.agent.device)
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"the checkpoint in {self.dir} does not fit this program ({error}); "
                             "use the moto.py in that folder or choose another --logdir") from None
 
@@ -1707,9 +1700,8 @@ class Run:
             self.agent.load_acting(agent["modules"])
             self.state["updates"] = agent["updates"]
         except Exception as error:                        # missing, damaged, of another version
-            raise UserError(f"{path} cannot be used ({type(error).__name__}: {error}); train a run "
-                            "(it has an agent.pt from its first checkpoint on), or use the moto.py "
-                            "in that folder") from None
+            raise UserError(f"{path} cannot be used ({type(error).__name__}: {error}); train until "
+                            "the first checkpoint, or use the moto.py in that folder") from None
 
     def open_data(self):
         """Bring offline and, on resuming, online episodes into memory. Raises UserError where they
@@ -1768,42 +1760,35 @@ class Run:
     def describe(self):
         """Write config.json (config, versions, device, git state) and copies of the source: this
         file, the agent's and the environment's."""
-        def git(*words):
-            return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True,
-                                  text=True).stdout.strip()
-        commit = git("rev-parse", "HEAD") if shutil.which("git") else ""
+        command, commit = ["git", "describe", "--always", "--dirty"], ""
+        with contextlib.suppress(OSError):                             # there may be no git
+            commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True,
+                                    text=True).stdout.strip()
         versions = {"python": platform.python_version()}
         for name in ("torch", "numpy", "mujoco", "metaworld", "gymnasium"):
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions[name] = importlib.metadata.version(name)
-        dirty = {"commit": commit, "dirty": bool(git("status", "--porcelain"))} if commit else None
         write_json(self.dir / "config.json", {
-            "config": dataclasses.asdict(self.cfg), "versions": versions,
-            "device": machine(self.cfg.device), "environment": self.env.describe(), "git": dirty})
+            "config": dataclasses.asdict(self.cfg), "versions": versions, "git": commit,
+            "device": machine(self.cfg.device), "environment": self.env.describe()})
         for part in MOTO, type(self.agent), type(self.env):
             with contextlib.suppress(OSError, TypeError):              # of a notebook's cell
                 source = Path(inspect.getfile(part))
                 write_atomically(self.dir / source.name, lambda f: f.write(source.read_bytes()))
 
     def forget_later_metrics(self):
-        """Keep the lines of metrics.jsonl that are no newer than the checkpoint. SHARP: a score or
-        an episode is logged between updates: it can be newer at the same update count."""
-        path, state, kept = self.dir / "metrics.jsonl", self.state, []
-        for row in read_metrics(path):
-            scored = row.get("evaluation") in {None, *state["scores"]}
-            between = scored and row.get("episode", -1) < state["episodes"]
-            if row["updates"] < state["updates"] or row["updates"] == state["updates"] and between:
-                kept.append(json.dumps(row) + "\n")
-        if path.exists():
-            write_atomically(path, lambda file: file.write("".join(kept).encode()))
+        """Cut metrics.jsonl to its length when the checkpoint was written."""
+        with open(self.dir / "metrics.jsonl", "ab") as file:
+            file.truncate(min(file.tell(), self.state["logged"]))
 
     def log(self, row):
         """Append a line to metrics.jsonl."""
         counters = {name: self.state[name] for name in ("updates", "env_steps")}
         row = counters | {"seconds": round(sum(self.state["seconds"].values()), 2)} | row
         try:
-            with open(self.dir / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+            with open(self.dir / "metrics.jsonl", "ab") as file:
+                file.write(json.dumps(row).encode() + b"\n")
+                self.state["logged"] = file.tell()
         except OSError as error:
             raise UserError(f"cannot write {self.dir}/metrics.jsonl ({error}); free some disk "
                             "space and repeat the command: it continues from the last checkpoint"
@@ -1932,10 +1917,8 @@ def open_loop(agent, episode, seen, steps):
 
 def figure(width, height, *shape, **kwargs):
     """A matplotlib figure (inches) and its axes, without pyplot: no window, no global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     fig = Figure((width, height), layout="constrained")
-    FigureCanvasAgg(fig)
     return fig, fig.subplots(*shape, **kwargs)
 
 
@@ -1948,28 +1931,26 @@ def draw_prediction(agent, episode, path, steps=44, every=4):
     first success, if there is one, happens in the prediction."""
     rewards, L = np.array([0, *episode["reward"]]), len(episode["reward"])
     success = int(rewards.argmax()) if rewards.any() else L
-    seen = int(np.clip(success - 2 * steps // 3, min(5, L), max(L - steps, min(5, L))))
+    seen = max(min(success - 2 * steps // 3, L - steps), min(5, L))
     truth, model, u, reward = open_loop(agent, episode, seen, steps)
     shown = np.arange(max(seen - 5, 0), len(truth), every)
     error = np.abs(truth.astype(int) - model).mean(-1)
-    size = max(1.05 * len(shown) + 1, 9), 6.2
-    fig, axes = figure(*size, 4, 1, height_ratios=[1, 1, 1, 1.7], sharex=True)
-    extent = shown[0] - every / 2, shown[-1] + every / 2, 0, 1
+    width, extent = max(1.05 * len(shown) + 1, 9), (shown[0] - every / 2, shown[-1] + every / 2)
+    fig, axes = figure(width, 6.2, 4, 1, height_ratios=[1, 1, 1, 1.7], sharex=True)
     for axis, name, images in zip(axes, ("truth", "model", "|error|"), (truth, model, error)):
         strip = np.concatenate(images[shown], 1)
-        axis.imshow(strip, "magma", vmin=0, vmax=128, extent=extent, aspect="auto")
+        axis.imshow(strip, "magma", vmin=0, vmax=128, extent=(*extent, 0, 1), aspect="auto")
         axis.axvline(seen - 0.5, color="white", lw=2)
         axis.set(yticks=[], ylabel=name)
-    t = np.arange(shown[0], len(truth))
-    axes[3].plot(t, rewards[t], color="black", label="true reward")
-    axes[3].plot(t, reward[t], color="tab:green", label="model's reward")
-    t = t[t >= seen]
-    axes[3].plot(t, u[t], ".-", color="tab:red", label="disagreement u (1: its mean on the data)")
-    axes[3].axvspan(extent[0], seen - 0.5, color="tab:blue", alpha=0.15, label="images are seen")
-    axes[3].margins(y=0.3)
-    axes[3].set(xticks=shown, xlim=extent[:2],
-                xlabel="agent step (after the white line the model sees actions, no images)")
-    axes[3].legend(fontsize=8, loc="upper left", ncols=4)
+    t, predicted = np.arange(shown[0], len(truth)), np.arange(seen, len(truth))
+    axis = axes[3]
+    axis.plot(t, rewards[t], color="black", label="true reward")
+    axis.plot(t, reward[t], color="tab:green", label="model's reward")
+    axis.plot(predicted, u[predicted], ".-r", label="disagreement u (1: its mean on the data)")
+    axis.axvspan(extent[0], seen - 0.5, color="tab:blue", alpha=0.15, label="images are seen")
+    axis.margins(y=0.3)
+    axis.set(xticks=shown, xlim=extent, xlabel="agent step (after the white line: no images)")
+    axis.legend(fontsize=8, loc="upper left", ncols=4)
     axes[0].set_title("Open-loop video prediction of an episode it was not trained on", fontsize=10)
     save_figure(fig, path)
 
@@ -2047,12 +2028,10 @@ CONFIG = {f.name for f in dataclasses.fields(Config)}
 
 
 def add_config_flags(parser):
-    """Give an argparse parser one flag per field of Config, and the presets and variants as its
-    epilog. The parser's argument_default is SUPPRESS: a flag is in its result only where given."""
-    presets = "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in changes.items())}"
-                        for name, changes in PRESETS.items() if changes)
-    parser.epilog = (f"Defaults are those of the preset laptop. Others: {presets}. Variants: "
-                     f"{', '.join(VARIANTS)}.")
+    """Give an argparse parser one flag per field of Config. The parser's argument_default is
+    SUPPRESS: a flag is in its result only where given."""
+    parser.epilog = ("Defaults are those of the preset laptop; the numbers of the others are in "
+                     f"PRESETS in moto.py. Variants: {', '.join(VARIANTS)}.")
     for f in dataclasses.fields(Config):
         allowed = f", in {f.metadata['allowed']}" if f.metadata["allowed"] else ""
         text = f"{f.metadata['help']} (default: {f.default!r}{allowed})".replace("%", "%%")
@@ -2064,8 +2043,7 @@ def add_config_flags(parser):
 
 def parse(argv):
     """Words of a command line -> (Config, dict of --evaluate and --episodes, dict of the other
-    flags), both dicts with what is given alone. Later wins: defaults, preset, task, variant, flags.
-    Raises UserError."""
+    flags), both dicts with what is given alone. Raises UserError."""
     parser = argparse.ArgumentParser(
         prog="moto.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         usage="moto.py [--FLAG VALUE ...] | --evaluate LOGDIR [--episodes N] [--workers N] "
@@ -2078,11 +2056,11 @@ def parse(argv):
     add_config_flags(parser)
     given = vars(parser.parse_args(argv))
     commands = {name: given.pop(name) for name in ("evaluate", "episodes") if name in given}
-    for name in given.keys() - {"workers", "device"} if "evaluate" in commands else ():
-        raise UserError(f"--{name.replace('_', '-')} is not used by --evaluate, only by training; "
-                        "leave it out")
-    if "episodes" in commands and "evaluate" not in commands:
-        raise UserError("--episodes is not used by training, only by --evaluate; leave it out")
+    command, unused = "training", commands.keys()
+    if "evaluate" in commands:
+        command, unused = "--evaluate", given.keys() - {"workers", "device"}
+    for name in unused:
+        raise UserError(f"--{name.replace('_', '-')} is not used by {command}; leave it out")
     if commands.get("episodes", 1) < 1:
         raise UserError(f"--episodes is {commands['episodes']} but must be at least 1")
     return build_config(**given), commands, given
@@ -2112,12 +2090,11 @@ def build_config(**given):
     cfg.logdir = cfg.logdir or f"runs/{run_name(cfg.task, cfg.variant, cfg.seed)}"
     for name in ("logdir", "data", "cache"):
         setattr(cfg, name, os.path.expanduser(getattr(cfg, name)))
-    if cfg.precision == "auto":                           # a run keeps what it began with
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            before = json.loads((Path(cfg.logdir) / "config.json").read_text())["config"]
-            cfg.precision = before["precision"]
     if cfg.precision == "auto":
         cfg.precision = "bfloat16" if gpu or bfloat16_pays() else "float32"
+        with contextlib.suppress(OSError, ValueError, KeyError):       # a run keeps its own
+            saved = json.loads((Path(cfg.logdir) / "config.json").read_text())
+            cfg.precision = saved["config"]["precision"]
     check_config(cfg)
     return cfg
 
@@ -2153,14 +2130,12 @@ def check_config(cfg):
     rules = [(f.name, within(getattr(cfg, f.name), f.metadata["allowed"]),
               f"in {f.metadata['allowed']}")
              for f in dataclasses.fields(cfg) if f.metadata["allowed"]]
-    gpus = torch.cuda.device_count()
-    devices = ["cpu", *["cuda"] * bool(gpus), *(f"cuda:{index}" for index in range(gpus))]
-    rules += [("image_size", cfg.image_size % 16 == 0, "a multiple of 16"),
-              ("precision", cfg.precision in ("float32", "bfloat16"), "auto, float32 or bfloat16"),
-              ("reward_head", cfg.reward_head in ("bernoulli", "normal"),
-               "auto, bernoulli or normal"),
-              ("device", cfg.device in devices, f"cpu, cuda or cuda:N; torch sees {gpus or 'no'} "
-               "GPU: use --device cpu or a CUDA build of torch")]
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    devices = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
+    rules += [("image_size", cfg.image_size % 16 == 0, "a multiple of 16")]
+    rules += [(name, getattr(cfg, name) in known, f"one of {', '.join(known)}") for name, known in (
+        ("precision", ["float32", "bfloat16"]), ("reward_head", ["bernoulli", "normal"]),
+        ("device", devices))]
     for name, fine, rule in rules:
         if not fine:
             flag = name.replace("_", "-")
@@ -2176,29 +2151,14 @@ def lock(folder):
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error}); choose a --logdir that can be "
                         "written to") from None
-    with contextlib.suppress(ImportError):                # Windows
+    with contextlib.suppress(ImportError, OSError):       # Windows; file systems without locks
         import fcntl
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is training in {folder}; wait for it, or choose "
                             "another --logdir") from None
-        except OSError as error:                          # a network's file system, as a rule
-            print(f"note: {folder} cannot be locked ({error}): see to it that one process trains "
-                  "there", file=sys.stderr)
     return file
-
-
-def announce(run):
-    """Print what will be trained, where, and how it differs from what its names say."""
-    cfg, updates = run.cfg, run.state["updates"]
-    print(f"{cfg.task}, {cfg.variant}, seed {cfg.seed}, preset {cfg.preset}, {cfg.device}, "
-          f"{cfg.precision}, renderer: {run.env.describe().get('renderer', 'its own')} -> {run.dir}"
-          + f"; continuing at update {updates}" * bool(updates))
-    changed = [f"{name} {getattr(cfg, name)} for its {value}" for name, value in
-               VARIANTS[cfg.variant].items() if getattr(cfg, name) != value]
-    if changed:
-        print(f"note: this is {cfg.variant} with {', '.join(changed)}")
 
 
 def finish(run):
@@ -2207,14 +2167,13 @@ def finish(run):
     offline, final = state["scores"]["offline"], state["scores"]["final"]
     seconds = {stage: round(value, 1) for stage, value in state["seconds"].items()}
     scores = {f"{phase}_{key}": value for phase in ("offline", "final")
-              for key, value in state["scores"][phase].items()
-              if key in ("success", "return", "completed", "counts")}
+              for key, value in state["scores"][phase].items() if key != "episodes"}
     write_json(run.dir / "result.json", {
         "task": cfg.task, "variant": cfg.variant, "seed": cfg.seed, "preset": cfg.preset, **scores,
         "eval_episodes": final["episodes"], "updates": state["updates"],
         "env_steps": state["env_steps"], "device": cfg.device,
         "wall_seconds": seconds | {"total": round(sum(seconds.values()), 1)},
-        **peak_memory(cfg.device)})
+        "peak_memory_gb": peak_memory_gb(), "gpu_memory_gb": gpu_memory_gb(cfg.device)})
     print(f"success offline {offline['success']:.0%}, final {final['success']:.0%} (over "
           f"{final['episodes']} fresh episodes) in {sum(seconds.values()) / 60:.1f} minutes; "
           f"pictures and weights: {run.dir}")
@@ -2234,26 +2193,19 @@ def finish(run):
 
 def train(cfg):
     """The main job: demonstrations, pretrain, finetune, result.json, pictures."""
-    folder = Path(cfg.logdir)
-    with lock(folder):
-        for partial in folder.glob("*.[0-9]*.partial"):   # of a process that died while writing
-            if not partial.name.startswith("evaluate"):   # which --evaluate may be writing now
-                partial.unlink()
-        run = Run(cfg)
+    with lock(Path(cfg.logdir)), contextlib.closing(Run(cfg)) as run:
+        print(f"{cfg.task}, {cfg.variant}, seed {cfg.seed}, preset {cfg.preset}, {cfg.device}, "
+              f"{cfg.precision} -> {run.dir}, from update {run.state['updates']} on")
+        run.open_data()
+        run.forget_later_metrics()
+        run.describe()
         try:
-            announce(run)
-            run.open_data()
-            run.forget_later_metrics()
-            run.describe()
-            try:
-                pretrain(run)
-                finetune(run)
-            except (Stopped, EpisodeError):
-                run.save()
-                raise
-            finish(run)
-        finally:
-            run.close()
+            pretrain(run)
+            finetune(run)
+        except (Stopped, EpisodeError):
+            run.save()
+            raise
+        finish(run)
 
 
 def open_run(logdir, **given):
@@ -2262,23 +2214,21 @@ def open_run(logdir, **given):
     logdir = os.path.expanduser(logdir)
     try:
         config = json.loads((Path(logdir) / "config.json").read_text())["config"]
-        if config.keys() != CONFIG:
-            other = ", ".join(sorted(config.keys() ^ CONFIG))
-            raise UserError(f"{logdir} was made by another version of this program, whose config "
-                            f"has other fields ({other}); use the moto.py in that folder")
-        here = {"logdir": logdir, "device": "auto", "workers": min(config["workers"], cores())}
-        cfg = build_config(**config | here | given)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{logdir} is no run folder ({error}); --evaluate takes a run's --logdir"
                         ) from None
-    return Run(cfg, acting=True)
+    if config.keys() != CONFIG:
+        other = ", ".join(sorted(config.keys() ^ CONFIG))
+        raise UserError(f"{logdir} was made by another version of this program, whose config has "
+                        f"other fields ({other}); use the moto.py in that folder")
+    here = {"logdir": logdir, "device": "auto", "workers": min(config["workers"], cores())}
+    return Run(build_config(**config | here | given), acting=True)
 
 
 def evaluate_run(logdir, episodes=None, **given):
     """--evaluate: score the agent in a run's folder on episodes no run has seen, print JSON; write
     evaluate.gif and, for Franka Kitchen, evaluate-combination.png."""
-    run = open_run(logdir, **given)
-    try:
+    with contextlib.closing(open_run(logdir, **given)) as run:
         cfg, episodes = run.cfg, episodes or run.cfg.final_episodes
         result, videos = evaluate(cfg, run.workers, run.agent, episodes, first=10_000)
         with decorative("evaluate.gif"):
@@ -2288,21 +2238,15 @@ def evaluate_run(logdir, episodes=None, **given):
             with decorative("evaluate-combination.png"):
                 result |= run.env.draw(run, run.dir / "evaluate-combination.png")
                 print(f"wrote {run.dir / 'evaluate-combination.png'}", file=sys.stderr)
-    finally:
-        run.close()
     print(json.dumps({"task": cfg.task, "variant": cfg.variant, "seed": cfg.seed,
                       "updates": run.state["updates"]} | result))
 
 
-@contextlib.contextmanager
-def signals_wait():
-    """Inside, Ctrl-C and SIGTERM wait for the next step boundary (minutes, while torch.compile is
-    at work); a second one does not. In a thread signals are not the program's, and nothing
-    changes."""
+def exit_code(command, argv=None):
+    """Run command(argv), which raises UserError on bad input -> the exit code: 0 done, 2 after a
+    UserError, 130 / 143 stopped after Ctrl-C / SIGTERM. These wait for the next step boundary
+    (minutes, while torch.compile is at work); a second one does not."""
     stop_requested["signal"] = None
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def note(number, frame):
         if stop_requested["signal"]:
@@ -2311,33 +2255,19 @@ def signals_wait():
         os.write(2, b"\nmoto: stopping after this step; Ctrl-C again: at once\n")    # no print here
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        command(argv)
+        sys.stdout.flush()
+    except UserError as trouble:
+        print(f"moto: {trouble}", file=sys.stderr)
+        return 2
+    except (Stopped, KeyboardInterrupt):
+        print("moto: stopped; repeat the command to continue", file=sys.stderr)
+        return 128 + (stop_requested["signal"] or signal.SIGINT)
+    except BrokenPipeError:                                            # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def exit_code(command, argv=None):
-    """Run command(argv), which raises UserError on bad input -> the exit code: 0 done, 2 after a
-    UserError, 130 / 143 stopped after Ctrl-C / SIGTERM."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        os._exit(2)    # a rollout worker imports a script that calls this unguarded: it says so
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # what cannot be shown is no error
-    with signals_wait():
-        try:
-            command(argv)
-            sys.stdout.flush()
-        except UserError as trouble:
-            print(f"moto: {trouble}", file=sys.stderr)
-            return 2
-        except (Stopped, KeyboardInterrupt) as stop:
-            how = "" if isinstance(stop, Stopped) else " at once, the last checkpoint stands"
-            print(f"moto: stopped{how}; repeat the command to continue", file=sys.stderr)
-            return 128 + (stop_requested["signal"] or signal.SIGINT)
-        except BrokenPipeError:                                        # `| head` has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

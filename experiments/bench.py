@@ -219,7 +219,8 @@ def bench(cfg):
     learner(cfg)
     result = {"machine": moto.machine(cfg.device), "torch": torch.__version__,
               "threads": torch.get_num_threads(), "preset": cfg.preset, "device": cfg.device,
-              "precision": cfg.precision, **moto.peak_memory(cfg.device)}
+              "precision": cfg.precision, "peak_memory_gb": moto.peak_memory_gb(),
+              "gpu_memory_gb": moto.gpu_memory_gb(cfg.device)}
     stages = {"forms": bench_forms, "parts": bench_parts, "growth": bench_growth, "env": bench_env}
     for name, stage in tqdm(stages.items(), desc="bench", leave=False):
         result[name] = stage(cfg)
