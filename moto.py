@@ -1040,23 +1040,31 @@ def make_agent(cfg, action_size, terminates, device, compiled=False):
 # ---- Episodes and replay -------------------------------------------------------------------------
 # README has the layout of an episode's file; action[i] leads from image[i] to image[i+1].
 
+@contextlib.contextmanager
+def writing(path):
+    """Makes a UserError of a full or unwritable disk."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:              # RuntimeError: torch.save's full disk
+        raise UserError(f"cannot write {path} ({error}); free some disk space or choose a writable "
+                        "folder, and repeat the command: what was saved before is intact") from None
+
+
 def write_atomically(path, write):
     """write(file) to a temporary neighbour of `path`, fsync, rename: readers see all or nothing.
     Raises UserError on a full or unwritable disk."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:              # RuntimeError: torch.save's full disk
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UserError(f"cannot write {path} ({error}); free some disk space or choose a writable "
-                        "folder, and repeat the command: what was saved before is intact") from None
+        try:
+            with open(partial, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_json(path, value):
@@ -1066,11 +1074,8 @@ def write_json(path, value):
 def read_metrics(path):
     """The lines of a metrics.jsonl as dicts, without a half-written last one; a missing file has
     none."""
-    rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def save_episode(path, image, action, reward, terminal=False):
@@ -1277,9 +1282,7 @@ class Camera:
         from OpenGL import GL
         self.render()                                     # makes its own OpenGL context current
         return {"renderer": GL.glGetString(GL.GL_RENDERER).decode(), "camera": self.view,
-                "gl": os.environ.get("MUJOCO_GL", "default"), "supersampling": self.finer,
-                "quality": "no shadows, samples, reflections",
-                "mujoco": importlib.metadata.version("mujoco")}
+                "supersampling": self.finer, "mujoco": importlib.metadata.version("mujoco")}
 
     def render(self):
         self.renderer.update_scene(self.data, self.free)
@@ -1342,8 +1345,8 @@ class MetaWorld:
 def extra(name):
     """The module experiments/<name>.py; a run's folder has a copy beside its moto.py."""
     here = Path(__file__).resolve().parent
-    sys.path += [str(folder) for folder in (here, here / "experiments")
-                 if str(folder) not in sys.path]
+    if name not in sys.modules:
+        sys.path[:0] = [str(here / "experiments"), str(here)]
     return importlib.import_module(name)
 
 
@@ -1531,11 +1534,9 @@ class RolloutWorkers:
             yield from self.pool.map(functools.partial(call_here, function), items)
         except BrokenExecutor:
             exit_if_asked()                               # the signal went to all of them
-            raise EpisodeError(
-                "a process that plays episodes did not start or has died (its message, if any, is "
-                "above; out of memory?); repeat the command with --workers 1. A script must call "
-                "moto.main under `if __name__ == \"__main__\":`, register agents above it"
-                ) from None
+            raise EpisodeError("a rollout worker has died (out of memory? it may have said why): "
+                               "use --workers 1. A script must call moto.main under `if __name__ "
+                               "== \"__main__\":`, and register agents above it") from None
 
     def play(self, policy, seeds, sample):
         """A `rollout` per seed with the policy's present weights, as a generator."""
@@ -1681,16 +1682,12 @@ class Run:
 
     def restore(self, checkpoint):
         """Set everything to where the checkpoint left it."""
-        try:
-            self.agent.load_state_dict(checkpoint["agent"])
-            self.state = checkpoint["state"]
-            self.rng.bit_generator.state = json.loads(checkpoint["numpy_rng"])
-            torch.set_rng_state(checkpoint["torch_rng"])
-            if self.agent.device.type == "cuda" and "cuda_rng" in checkpoint:
-                torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.agent.device)
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(f"the checkpoint in {self.dir} does not fit this program ({error}); "
-                            "use the moto.py in that folder or choose another --logdir") from None
+        self.agent.load_state_dict(checkpoint["agent"])
+        self.state = checkpoint["state"]
+        self.rng.bit_generator.state = json.loads(checkpoint["numpy_rng"])
+        torch.set_rng_state(checkpoint["torch_rng"])
+        if self.agent.device.type == "cuda" and "cuda_rng" in checkpoint:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.agent.device)
 
     def load_agent(self):
         """Set what acts from agent.pt."""
@@ -1785,14 +1782,10 @@ class Run:
         """Append a line to metrics.jsonl."""
         counters = {name: self.state[name] for name in ("updates", "env_steps")}
         row = counters | {"seconds": round(sum(self.state["seconds"].values()), 2)} | row
-        try:
-            with open(self.dir / "metrics.jsonl", "ab") as file:
-                file.write(json.dumps(row).encode() + b"\n")
-                self.state["logged"] = file.tell()
-        except OSError as error:
-            raise UserError(f"cannot write {self.dir}/metrics.jsonl ({error}); free some disk "
-                            "space and repeat the command: it continues from the last checkpoint"
-                            ) from None
+        path = self.dir / "metrics.jsonl"
+        with writing(path), open(path, "ab") as file:
+            file.write(json.dumps(row).encode() + b"\n")
+            self.state["logged"] = file.tell()
 
     def update(self, bar, stage):
         """The update of both phases: sample, learn, count, log, save, and stop here if asked."""
@@ -2024,9 +2017,6 @@ def draw_curve(cfg, rows, path):
 
 # ---- Command line --------------------------------------------------------------------------------
 
-CONFIG = {f.name for f in dataclasses.fields(Config)}
-
-
 def add_config_flags(parser):
     """Give an argparse parser one flag per field of Config. The parser's argument_default is
     SUPPRESS: a flag is in its result only where given."""
@@ -2047,12 +2037,9 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         prog="moto.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         usage="moto.py [--FLAG VALUE ...] | --evaluate LOGDIR [--episodes N] [--workers N] "
-        "[--device D]",
-        description=__doc__.split("\n\n")[0])
-    parser.add_argument("--evaluate", metavar="LOGDIR",
-                        help="score an agent on new episodes, draw a GIF")
-    parser.add_argument("--episodes", type=int, metavar="N",
-                        help="with --evaluate: how many episodes")
+        "[--device D]", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--evaluate", metavar="LOGDIR", help="score an agent on new episodes")
+    parser.add_argument("--episodes", type=int, metavar="N", help="how many, with --evaluate")
     add_config_flags(parser)
     given = vars(parser.parse_args(argv))
     commands = {name: given.pop(name) for name in ("evaluate", "episodes") if name in given}
@@ -2145,12 +2132,9 @@ def check_config(cfg):
 def lock(folder):
     """An open file that keeps other processes from training in this folder, which is made if need
     be. Raises UserError where one does, and where the folder cannot be written to."""
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error}); choose a --logdir that can be "
-                        "written to") from None
     with contextlib.suppress(ImportError, OSError):       # Windows; file systems without locks
         import fcntl
         try:
@@ -2217,10 +2201,10 @@ def open_run(logdir, **given):
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{logdir} is no run folder ({error}); --evaluate takes a run's --logdir"
                         ) from None
-    if config.keys() != CONFIG:
-        other = ", ".join(sorted(config.keys() ^ CONFIG))
-        raise UserError(f"{logdir} was made by another version of this program, whose config has "
-                        f"other fields ({other}); use the moto.py in that folder")
+    other = config.keys() ^ vars(Config()).keys()
+    if other:
+        raise UserError(f"{logdir} was made by another version of this program, with or without "
+                        f"{', '.join(sorted(other))}; use the moto.py in that folder")
     here = {"logdir": logdir, "device": "auto", "workers": min(config["workers"], cores())}
     return Run(build_config(**config | here | given), acting=True)
 
