@@ -20,7 +20,7 @@ if getattr(moto, "__file__", None) != str(HERE / "moto.py"):         # or it is 
     moto = sys.modules["moto"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(moto)
 sys.path.insert(0, str(HERE / "experiments"))
-import baselines, bench, franka_kitchen, gym_task, reproduce
+import baselines, bench, franka_kitchen, gym_task, pictures, reproduce
 
 TINY = dict(
     task="gym:test/Dot-v0", device="cpu", precision="float32", workers=1, image_size=16,
@@ -2148,7 +2148,7 @@ def raising(error):
 
 
 def test_the_result_is_there_before_any_picture(dots, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(moto, "draw_curve", raising(moto.Stopped))
+    monkeypatch.setattr(pictures, "draw_curve", raising(moto.Stopped))
     assert run(dots, tmp_path) in (130, 143) and (tmp_path / "result.json").exists()
 
 
