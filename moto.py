@@ -2022,19 +2022,19 @@ def within(value, interval):
 
 def check_config(cfg):
     """Raise UserError on a value that cannot work, naming the flag."""
-    rules = [(f.name, within(getattr(cfg, f.name), f.metadata["allowed"]),
-              f"in {f.metadata['allowed']}")
-             for f in dataclasses.fields(cfg) if f.metadata["allowed"]]
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    devices = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
-    rules += [("image_size", cfg.image_size % 16 == 0, "a multiple of 16")]
-    rules += [(name, getattr(cfg, name) in known, f"one of {', '.join(known)}") for name, known in (
-        ("precision", ["float32", "bfloat16"]), ("reward_head", ["bernoulli", "normal"]),
-        ("device", devices))]
-    for name, fine, rule in rules:
-        if not fine:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is {getattr(cfg, name)!r} but must be {rule}")
+    names = {"precision": ["float32", "bfloat16"], "reward_head": ["bernoulli", "normal"],
+             "device": ["cpu", "cuda", *gpus] if gpus else ["cpu"]}
+    for f in dataclasses.fields(cfg):
+        value, allowed, rule = getattr(cfg, f.name), f.metadata["allowed"], ""
+        if f.name in names and value not in names[f.name]:
+            rule = f"one of {', '.join(names[f.name])}"
+        elif allowed and not within(value, allowed):
+            rule = f"in {allowed}"
+        elif f.name == "image_size" and value % 16:
+            rule = "a multiple of 16"
+        if rule:
+            raise UserError(f"--{f.name.replace('_', '-')} is {value!r} but must be {rule}")
 
 
 def lock(folder):
