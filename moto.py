@@ -1203,20 +1203,6 @@ def sample_batch(cfg, rng, replay):
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def check_memory(cfg, steps):
-    """Raise UserError where the images of `steps` would take more than four fifths of the memory
-    of the GPU or of this machine."""
-    needed, there = steps * 3 * cfg.image_size ** 2, math.inf
-    if cfg.device.startswith("cuda"):
-        there = torch.cuda.mem_get_info(cfg.device)[1]
-    elif hasattr(os, "sysconf"):                          # not on Windows
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > 0.8 * there:
-        raise UserError(f"{steps:,} steps take {needed / 1e9:,.1f} GB, and {cfg.device} has "
-                        f"{there / 1e9:,.1f} GB in all; lower --online-episodes, --episode-steps, "
-                        "--demos or --image-size")
-
-
 # ---- Environments and demonstrations -------------------------------------------------------------
 # An environment has action_size, terminates, describe() -> dict, reset(seed) -> image, close(), and
 # step(a) -> image, reward, terminal (the task ended), over (it ended or ran out of time), success.
@@ -1705,14 +1691,17 @@ class Run:
         have no room, and where the offline ones are not those that the run began with."""
         cfg, started, action_size = self.cfg, time.perf_counter(), self.env.action_size
         most = max(cfg.online_episodes, self.state["episodes"])        # one may be ahead
-        space = most * (cfg.episode_steps + 1)
-        check_memory(cfg, space)
         paths = offline_paths(cfg, self.workers)
         episodes = [load_episode(path, cfg.image_size, action_size) for path in paths]
         rewards = [episode["reward"] for episode in episodes]
         self.check_reward(np.concatenate(rewards))
         steps = sum(len(episode["image"]) for episode in episodes)
-        self.replay = Replay(steps + space, cfg.image_size, action_size, cfg.device)
+        capacity = steps + most * (cfg.episode_steps + 1)
+        try:
+            self.replay = Replay(capacity, cfg.image_size, action_size, cfg.device)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise UserError(f"no room for a replay of {capacity:,} steps ({error}); lower "
+                            "--online-episodes or --image-size") from None
         digest = hashlib.sha256()
         for episode in episodes:
             self.replay.add(episode, is_demo=progress_mask(cfg, episode["reward"]))

@@ -2247,11 +2247,9 @@ def test_what_was_logged_after_the_last_checkpoint_is_there_once(
     assert metrics_of(tmp_path, "seconds") == metrics_of(finished, "seconds")
 
 
-def test_a_replay_that_has_no_room_is_refused_before_demonstrations_are_made(capsys, tmp_path):
-    argv = flags(task="drawer-open", preset="debug", device="cpu", online_episodes=10 ** 8,
-                 cache=tmp_path / "demos", logdir=tmp_path / "run")
-    one_sentence(capsys, argv, "GB", "--online-episodes")
-    assert not (tmp_path / "demos").exists()
+def test_a_replay_that_has_no_room_is_refused(capsys, dots, tmp_path):
+    argv = tiny_flags(data=dots, online_episodes=10 ** 12, logdir=tmp_path)
+    one_sentence(capsys, argv, "no room", "--online-episodes")
 
 
 @pytest.mark.parametrize("argv, words", [
