@@ -39,7 +39,7 @@ Time:    a[t] and r[t] are the action that led INTO x[t] and the reward received
 Sharp edges are marked "SHARP"; departures from the paper "DEPARTURE" (README lists them all).
 """
 import argparse, contextlib, copy, dataclasses, difflib, functools, hashlib, importlib.metadata
-import importlib.util, inspect, json, math, multiprocessing, os, platform, shutil, signal
+import importlib.util, inspect, json, math, multiprocessing, os, platform, signal
 import subprocess, sys, threading, time, warnings
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -984,7 +984,7 @@ class MOTO(BC):
         dreamt = self.critic(imagined["e"][:-1], imagined["d"][:-1])
         on_imagined = critic_loss(dreamt, V[:-1], torch.ones_like(V[:-1]), unit)
         metrics |= {"critic/real": on_real.detach(), "critic/imagined": on_imagined.detach(),
-                    "critic/value": q.mean().detach() / unit}
+                    "critic/q": q.mean().detach() / unit}
         return (1 - cfg.imagined) * on_real + cfg.imagined * on_imagined, metrics
 
     def first_feature(self, image):
@@ -1010,23 +1010,31 @@ def make_agent(cfg, action_size, terminates, device, compiled=False):
 # ---- Episodes and replay -------------------------------------------------------------------------
 # README has the layout of an episode's file; action[i] leads from image[i] to image[i+1].
 
+@contextlib.contextmanager
+def writing(path):
+    """Makes a UserError of a full or unwritable disk."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:              # RuntimeError: torch.save's full disk
+        raise UserError(f"cannot write {path} ({error}); free some disk space or choose a writable "
+                        "folder, and repeat the command: what was saved before is intact") from None
+
+
 def write_atomically(path, write):
     """write(file) to a temporary neighbour of `path`, fsync, rename: readers see all or nothing.
     Raises UserError on a full or unwritable disk."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:              # RuntimeError: torch.save's full disk
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UserError(f"cannot write {path} ({error}); free some disk space or choose a writable "
-                        "folder, and repeat the command: what was saved before is intact") from None
+        try:
+            with open(partial, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_json(path, value):
@@ -1036,11 +1044,8 @@ def write_json(path, value):
 def read_metrics(path):
     """The lines of a metrics.jsonl as dicts, without a half-written last one; a missing file has
     none."""
-    rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def save_episode(path, image, action, reward, terminal=False):
@@ -1055,42 +1060,30 @@ def load_episode(path, image_size, action_size):
     UserError."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except Exception as error:                            # zip, zlib, pickle, header, system
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); it is missing, "
-                        "truncated or no .npz of plain arrays: rewrite it or remove it") from None
-    missing = {"image", "action", "reward"} - arrays.keys()
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}; an episode has image, action "
-                        "and reward")
-    image, action, reward = arrays["image"], arrays["action"], arrays["reward"]
-    terminal = arrays.get("terminal", np.zeros((), bool))
-    L = len(reward) if reward.ndim else 0
-    images = L + 1, image_size, image_size, 3
-    for wanted, fine, found in (
-            ("image of uint8", image.dtype == np.uint8, image.dtype),
-            ("action of floating point", action.dtype.kind == "f", action.dtype),
-            ("reward of floats or whole numbers", reward.dtype.kind in "fiub", reward.dtype),
-            ("reward of shape (L,) with at least one step", reward.ndim == 1 and L, reward.shape),
-            (f"action of shape {L, action_size}", action.shape == (L, action_size), action.shape),
-            (f"image of shape {images}, one more than rewards", image.shape == images, image.shape),
-            ("terminal to be one bool", terminal.size == 1, terminal.shape)):
+            image, action, reward = (file[name] for name in ("image", "action", "reward"))
+            terminal = file["terminal"] if "terminal" in file else np.array(False)
+    except Exception as error:                            # zip, zlib, pickle, header, no such array
+        raise UserError(f"{path} cannot be read as an episode ({type(error).__name__}: {error}); "
+                        "it has plain arrays image, action, reward: correct or remove it") from None
+    L = reward.size
+    images, actions = (L + 1, image_size, image_size, 3), (L, action_size)
+    for name, array, wanted, fine in (
+            ("reward", reward, "finite numbers (L,) with at least one step",
+             reward.dtype.kind in "fiub" and reward.shape == (L,) and L
+             and np.isfinite(reward).all()),
+            ("action", action, f"floating point of shape {actions}, finite and in [-1, 1]",
+             action.dtype.kind == "f" and action.shape == actions and abs(action).max() <= 1.001),
+            ("image", image, f"uint8 of shape {images}, one more than rewards",
+             image.dtype == np.uint8 and image.shape == images),
+            ("terminal", terminal, "one bool", terminal.size == 1)):
         if not fine:
-            raise UserError(f"{path}: expected {wanted}, found {found}; correct or remove the file")
-    for name, array, limit, wanted in (("action", action, 1.001, "finite and in [-1, 1]"),
-                                       ("reward", reward, np.inf, "finite")):
-        if not np.isfinite(array).all() or np.abs(array).max() > limit:
-            raise UserError(f"{path}: {name} must be {wanted}, found {array.min():g} to "
-                            f"{array.max():g}; correct the file or remove it")
+            found = f"{array.dtype} {array.shape}"
+            if array.size and array.dtype.kind in "fiu":
+                found += f" from {array.min():g} to {array.max():g}"
+            raise UserError(f"{path}: {name} must be {wanted}, found {found}; correct the file or "
+                            "remove it")
     return {"image": image, "action": action.astype(np.float32),
             "reward": reward.astype(np.float32), "terminal": bool(terminal)}
-
-
-def count_steps(path):
-    """The number of images in an episode's file; 0 where it cannot be read."""
-    with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:
-        return len(file["reward"]) + 1
-    return 0
 
 
 class Replay:
@@ -1143,29 +1136,6 @@ def sample_batch(cfg, rng, replay):
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def memory_bytes(device):
-    """The memory of a GPU, or of this machine as far as the process may use it; None if unknown."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[1]
-    found = []
-    with contextlib.suppress(AttributeError, ValueError, OSError):                # Windows
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    with contextlib.suppress(ValueError, OSError):        # a container's limit, or "max"
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(found, default=None)
-
-
-def check_memory(cfg, action_size, steps):
-    """Raise UserError where a replay of `steps` would take more than four fifths of the memory."""
-    needed = steps * (3 * cfg.image_size ** 2 + 4 * action_size + 10)
-    there = memory_bytes(cfg.device)
-    if there is not None and needed > 0.8 * there:
-        raise UserError(f"the replay takes {needed / 1e9:,.1f} GB ({steps:,} steps with images of "
-                        f"{cfg.image_size} x {cfg.image_size}), and {cfg.device} has "
-                        f"{there / 1e9:,.1f} in all; lower --online-episodes, --episode-steps, "
-                        "--demos or --image-size")
-
-
 # ---- Environments and demonstrations -------------------------------------------------------------
 # An environment has action_size, terminates, describe() -> dict, reset(seed) -> image, close(), and
 # step(a) -> image, reward, terminal (the task ended), over (it ended or ran out of time), success.
@@ -1173,18 +1143,11 @@ def check_memory(cfg, action_size, steps):
 # and max_demo_reward (the largest reward that a demonstration may contain). It may have
 # score(rewards) -> dict, beside the success rate, and draw(run, path) -> dict, its own picture.
 
-GL_HELP = ("no OpenGL backend works for MuJoCo without a screen; install one (Debian, Ubuntu: "
-           "apt-get install libegl1 libgl1-mesa-dri, or libosmesa6) or set MUJOCO_GL to one that "
-           "works")
-
-
 def choose_gl():
     """Set MUJOCO_GL before mujoco is imported: as the user wants it, else EGL, else OSMesa. Returns
     "", or, where nothing works, a sentence with cause and remedy."""
     if not sys.platform.startswith("linux") or "mujoco" in sys.modules or worker:
         return ""
-    wishes = [f"{name}={os.environ[name]}" for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM")
-              if os.environ.get(name)]
     trial = ("import mujoco; "
              "mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8).close()")
     wished = os.environ.get("MUJOCO_GL")
@@ -1194,8 +1157,8 @@ def choose_gl():
         if done.returncode == 0:
             os.environ["MUJOCO_GL"] = backend
             return ""
-    cause = f" with {' and '.join(wishes)}; unset it. Without it," * bool(wishes)
-    return f"MuJoCo cannot render{cause}: {GL_HELP}"
+    return ("MuJoCo cannot render: unset MUJOCO_GL and PYOPENGL_PLATFORM, or install an OpenGL "
+            "backend (Debian, Ubuntu: apt-get install libegl1 libgl1-mesa-dri, or libosmesa6)")
 
 
 def nearest(name, known):
@@ -1231,24 +1194,20 @@ class Camera:
         self.free = mujoco.MjvCamera()
         for name, value in view.items():
             setattr(self.free, name, value)
+        self.close = self.renderer.close
 
     def describe(self):
         """All that decides what an image looks like."""
         from OpenGL import GL
         self.render()                                     # makes its own OpenGL context current
         return {"renderer": GL.glGetString(GL.GL_RENDERER).decode(), "camera": self.view,
-                "gl": os.environ.get("MUJOCO_GL", "default"), "supersampling": self.finer,
-                "quality": "no shadows, samples, reflections",
-                "mujoco": importlib.metadata.version("mujoco")}
+                "supersampling": self.finer, "mujoco": importlib.metadata.version("mujoco")}
 
     def render(self):
         self.renderer.update_scene(self.data, self.free)
         image, n = self.renderer.render().astype(np.uint16), self.finer
         total = sum(image[i::n, j::n] for i in range(n) for j in range(n))
         return (total / n ** 2).round().astype(np.uint8)
-
-    def close(self):
-        self.renderer.close()
 
 
 class MetaWorld:
@@ -1305,11 +1264,8 @@ class MetaWorld:
 def extra(name):
     """The module experiments/<name>.py; a run's folder has a copy beside its moto.py."""
     here = Path(__file__).resolve().parent
-    folder = next((f for f in (here / "experiments", here) if (f / f"{name}.py").exists()), None)
-    if folder is None:
-        raise UserError(f"experiments/{name}.py is not beside {__file__}; clone the repository")
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+    if name not in sys.modules:
+        sys.path[:0] = [str(here / "experiments"), str(here)]
     return importlib.import_module(name)
 
 
@@ -1390,8 +1346,7 @@ def offline_paths(cfg, workers):
         return extra("franka_kitchen").render_minari(cfg, workers)
     paths = sorted(Path(cfg.data).glob("*.npz"))
     if not paths:
-        raise UserError(f"{cfg.data} holds no .npz episodes" if Path(cfg.data).is_dir() else
-                        f"there is no folder {cfg.data}; --data takes a folder of .npz episodes")
+        raise UserError(f"there is no folder {cfg.data} with .npz episodes; correct --data")
     return paths
 
 
@@ -1455,11 +1410,7 @@ def init_worker(cfg):
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     worker["cfg"] = cfg
-    try:
-        env = make_env(cfg)
-    except UserError as trouble:                          # a task that only the parent knows
-        print(f"moto: in a process that plays episodes: {trouble}", file=sys.stderr, flush=True)
-        os._exit(2)
+    env = make_env(cfg)
     cpu = dataclasses.replace(cfg, device="cpu")
     agent = make_agent(cpu, env.action_size, env.terminates, "cpu")
     worker.update(env=env, policy=agent.ema_policy)
@@ -1467,6 +1418,10 @@ def init_worker(cfg):
 
 def call_here(function, item):
     return function(worker["cfg"], worker["env"], item)
+
+
+def ready(cfg, env, item):
+    """Called once by each rollout worker: fails if it cannot start."""
 
 
 def play_here(cfg, env, item):
@@ -1479,22 +1434,15 @@ def play_here(cfg, env, item):
 
 class RolloutWorkers:
     """Processes that play episodes, each with a simulator and a policy of its own, on one core.
-    With one worker all is played here, in this process. Raises UserError where they do not start,
-    EpisodeError where one has died."""
+    With one worker all is played here, in this process. Raises EpisodeError where one does not
+    start or has died."""
 
     def __init__(self, cfg, env):
         self.cfg, self.env, self.pool = cfg, env, None
         if cfg.workers > 1:
             context = multiprocessing.get_context("spawn")
             self.pool = ProcessPoolExecutor(cfg.workers, context, init_worker, (cfg,))
-            try:
-                [one.result() for one in [self.pool.submit(os.getpid) for _ in range(cfg.workers)]]
-            except BrokenExecutor:
-                exit_if_asked()                           # the signal went to all of them
-                raise UserError("the rollout workers did not start (their message is above); they "
-                                "import your script: call moto.main under `if __name__ == "
-                                "\"__main__\":`, register agents above it; or use --workers 1"
-                                ) from None
+            list(self.each(ready, range(cfg.workers)))
 
     def each(self, function, items):
         """function(cfg, env, item) for each item, in order, as a generator."""
@@ -1505,8 +1453,9 @@ class RolloutWorkers:
             yield from self.pool.map(functools.partial(call_here, function), items)
         except BrokenExecutor:
             exit_if_asked()                               # the signal went to all of them
-            raise EpisodeError("a process that plays episodes died (out of memory?); repeat the "
-                               "command with --workers 1") from None
+            raise EpisodeError("a rollout worker has died (out of memory? it may have said why): "
+                               "use --workers 1. A script must call moto.main under `if __name__ "
+                               "== \"__main__\":`, and register agents above it") from None
 
     def play(self, policy, seeds, sample):
         """A `rollout` per seed with the policy's present weights, as a generator."""
@@ -1529,18 +1478,14 @@ def machine(device):
     """The name of the GPU, or of the processor with the number of cores."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    name = platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    name = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
     return f"{cores()} cores of {name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def gpu_memory_gb(device):
     """The most GPU memory that tensors held at once, in GiB; zero on a CPU."""
-    if not device.startswith("cuda"):
-        return 0.0
-    return round(torch.cuda.max_memory_allocated(device) / 2 ** 30, 2)
+    used = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else 0
+    return round(used / 2 ** 30, 2)
 
 
 def peak_memory_gb():
@@ -1588,7 +1533,7 @@ class Run:
     def __init__(self, cfg, acting=False):
         self.cfg, self.dir, self.videos = cfg, Path(cfg.logdir), None
         self.state = {"updates": 0, "episodes": 0, "env_steps": 0, "seconds": {}, "scores": {},
-                      "pending": []}
+                      "pending": [], "logged": 0}
         started = time.perf_counter()
         checkpoint = None if acting else self.read_checkpoint()
         self.env = make_env(cfg)
@@ -1609,50 +1554,45 @@ class Run:
         seconds[stage] = seconds.get(stage, 0) + time.perf_counter() - started
 
     def save(self):
-        """Write the checkpoint beside the old one, then rename both: at each instant one is whole.
-        Then write agent.pt: what acts, small."""
+        """Keep the checkpoint before as checkpoint.previous.pt, write the new one, then agent.pt:
+        what acts, small."""
         checkpoint = {"config": dataclasses.asdict(self.cfg), "agent": self.agent.state_dict(),
                       "state": self.state, "torch_rng": torch.get_rng_state(),
                       "numpy_rng": json.dumps(self.rng.bit_generator.state)}
         if self.agent.device.type == "cuda":
             checkpoint["cuda_rng"] = torch.cuda.get_rng_state(self.agent.device)
-        path, fresh = self.dir / "checkpoint.pt", self.dir / "checkpoint.new.pt"
-        write_atomically(fresh, lambda file: torch.save(checkpoint, file))
+        path = self.dir / "checkpoint.pt"
         if path.exists():
             os.replace(path, self.dir / "checkpoint.previous.pt")
-        os.replace(fresh, path)
+        write_atomically(path, lambda file: torch.save(checkpoint, file))
         agent = {"updates": self.state["updates"], "modules": self.agent.acting_state()}
         write_atomically(self.dir / "agent.pt", lambda file: torch.save(agent, file))
 
     def read_checkpoint(self):
         """The newest whole checkpoint, or None where there is no run. Raises UserError on one that
         cannot be continued with this config. Weights only: a stranger's file runs nothing."""
-        damaged = False
-        for name in "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.new.pt":
-            try:
-                checkpoint = torch.load(self.dir / name, map_location="cpu", weights_only=True)
-                config, done = checkpoint["config"], checkpoint["state"]["updates"]
-                break
-            except FileNotFoundError:
-                continue
-            except Exception as error:
-                damaged = True
-                print(f"warning: {self.dir / name} cannot be read ({type(error).__name__})",
-                      file=sys.stderr)
+        for path in self.dir / "checkpoint.pt", self.dir / "checkpoint.previous.pt":
+            if path.exists():
+                try:
+                    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                    break
+                except Exception as error:
+                    print(f"warning: {path} cannot be read ({type(error).__name__})",
+                          file=sys.stderr)
         else:
             rows = read_metrics(self.dir / "metrics.jsonl")
-            scored = any(row.get("evaluation") in ("offline", "final") for row in rows)
-            if damaged or scored or (self.dir / "agent.pt").exists():
-                cause = "no checkpoint of it can be read" if damaged else "without its checkpoint"
-                raise UserError(f"{self.dir} holds a run, {cause}: it cannot be continued; choose "
-                                "another --logdir or remove the folder")
+            scored = any(row.get("evaluation") == "offline" for row in rows)
+            if scored or any(self.dir.glob("*.pt")):
+                raise UserError(f"{self.dir} holds a run, but no checkpoint that can be read: it "
+                                "cannot be continued; choose another --logdir or remove the folder")
             return None
-        changed = [f"{name} ({there} there, {here} now)" for name, (there, here) in
-                   differences(config, dataclasses.asdict(self.cfg)).items()]
+        changed = differences(checkpoint["config"], dataclasses.asdict(self.cfg))
         if changed:
-            raise UserError(f"{self.dir} has another config: {'; '.join(changed)}; repeat its "
-                            "flags, choose another --logdir, or use the moto.py there")
-        planned = planned_updates(self.cfg)
+            listed = "; ".join(f"{name} ({there} there, {here} now)"
+                               for name, (there, here) in changed.items())
+            raise UserError(f"{self.dir} has another config: {listed}; repeat its flags, choose "
+                            "another --logdir, or use the moto.py there")
+        done, planned = checkpoint["state"]["updates"], planned_updates(self.cfg)
         if done > planned:
             raise UserError(f"{self.dir} has {done} updates, more than the {planned} of this "
                             "budget; repeat its --online-episodes or more")
@@ -1660,16 +1600,12 @@ class Run:
 
     def restore(self, checkpoint):
         """Set everything to where the checkpoint left it."""
-        try:
-            self.agent.load_state_dict(checkpoint["agent"])
-            self.state = checkpoint["state"]
-            self.rng.bit_generator.state = json.loads(checkpoint["numpy_rng"])
-            torch.set_rng_state(checkpoint["torch_rng"])
-            if self.agent.device.type == "cuda" and "cuda_rng" in checkpoint:
-                torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.agent.device)
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise UserError(f"the checkpoint in {self.dir} does not fit this program ({error}); "
-                            "use the moto.py in that folder or choose another --logdir") from None
+        self.agent.load_state_dict(checkpoint["agent"])
+        self.state = checkpoint["state"]
+        self.rng.bit_generator.state = json.loads(checkpoint["numpy_rng"])
+        torch.set_rng_state(checkpoint["torch_rng"])
+        if self.agent.device.type == "cuda" and "cuda_rng" in checkpoint:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.agent.device)
 
     def load_agent(self):
         """Set what acts from agent.pt."""
@@ -1679,30 +1615,30 @@ class Run:
             self.agent.load_acting(agent["modules"])
             self.state["updates"] = agent["updates"]
         except Exception as error:                        # missing, damaged, of another version
-            raise UserError(f"{path} cannot be used ({type(error).__name__}: {error}); train a run "
-                            "(it has an agent.pt from its first checkpoint on), or use the moto.py "
-                            "in that folder") from None
+            raise UserError(f"{path} cannot be used ({type(error).__name__}: {error}); train until "
+                            "the first checkpoint, or use the moto.py in that folder") from None
 
     def open_data(self):
         """Bring offline and, on resuming, online episodes into memory. Raises UserError where they
         have no room, and where the offline ones are not those that the run began with."""
         cfg, started, action_size = self.cfg, time.perf_counter(), self.env.action_size
         most = max(cfg.online_episodes, self.state["episodes"])        # one may be ahead
-        space = most * (cfg.episode_steps + 1)
-        scripted = 0 if cfg.data else cfg.demos * (cfg.episode_steps + 1)
-        check_memory(cfg, action_size, scripted + space)               # before they are made
         paths = offline_paths(cfg, self.workers)
-        steps = sum(map(count_steps, paths))
-        check_memory(cfg, action_size, steps + space)                  # before they are read
-        self.replay = Replay(steps + space, cfg.image_size, action_size, cfg.device)
-        digest, rewards = hashlib.sha256(), []
-        for path in paths:                                             # one at a time: held once
-            episode = load_episode(path, cfg.image_size, action_size)
+        episodes = [load_episode(path, cfg.image_size, action_size) for path in paths]
+        rewards = [episode["reward"] for episode in episodes]
+        self.check_reward(np.concatenate(rewards))
+        steps = sum(len(episode["image"]) for episode in episodes)
+        capacity = steps + most * (cfg.episode_steps + 1)
+        try:
+            self.replay = Replay(capacity, cfg.image_size, action_size, cfg.device)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise UserError(f"no room for a replay of {capacity:,} steps ({error}); lower "
+                            "--online-episodes or --image-size") from None
+        digest = hashlib.sha256()
+        for episode in episodes:
             self.replay.add(episode)
             for name in ("image", "action", "reward", "terminal"):
                 digest.update(np.ascontiguousarray(episode[name]))
-            rewards.append(episode["reward"])
-        self.check_reward(np.concatenate(rewards))
         if steps < cfg.length:
             raise UserError(f"the offline data has {steps} steps, fewer than one sequence; lower "
                             "--length")
@@ -1734,46 +1670,35 @@ class Run:
     def describe(self):
         """Write config.json (config, versions, device, git state) and copies of the source: this
         file, the agent's and the environment's."""
-        def git(*words):
-            return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True,
-                                  text=True).stdout.strip()
-        commit = git("rev-parse", "HEAD") if shutil.which("git") else ""
+        command, commit = ["git", "describe", "--always", "--dirty"], ""
+        with contextlib.suppress(OSError):                             # there may be no git
+            commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True,
+                                    text=True).stdout.strip()
         versions = {"python": platform.python_version()}
         for name in ("torch", "numpy", "mujoco", "metaworld", "gymnasium"):
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions[name] = importlib.metadata.version(name)
-        dirty = {"commit": commit, "dirty": bool(git("status", "--porcelain"))} if commit else None
         write_json(self.dir / "config.json", {
-            "config": dataclasses.asdict(self.cfg), "versions": versions,
-            "device": machine(self.cfg.device), "environment": self.env.describe(), "git": dirty})
+            "config": dataclasses.asdict(self.cfg), "versions": versions, "git": commit,
+            "device": machine(self.cfg.device), "environment": self.env.describe()})
         for part in MOTO, type(self.agent), type(self.env):
             with contextlib.suppress(OSError, TypeError):              # of a notebook's cell
                 source = Path(inspect.getfile(part))
                 write_atomically(self.dir / source.name, lambda f: f.write(source.read_bytes()))
 
     def forget_later_metrics(self):
-        """Keep the lines of metrics.jsonl that are no newer than the checkpoint. SHARP: a score or
-        an episode is logged between updates: it can be newer at the same update count."""
-        path, state, kept = self.dir / "metrics.jsonl", self.state, []
-        for row in read_metrics(path):
-            scored = row.get("evaluation") in {None, *state["scores"]}
-            between = scored and row.get("episode", -1) < state["episodes"]
-            if row["updates"] < state["updates"] or row["updates"] == state["updates"] and between:
-                kept.append(json.dumps(row) + "\n")
-        if path.exists():
-            write_atomically(path, lambda file: file.write("".join(kept).encode()))
+        """Cut metrics.jsonl to its length when the checkpoint was written."""
+        with open(self.dir / "metrics.jsonl", "ab") as file:
+            file.truncate(min(file.tell(), self.state["logged"]))
 
     def log(self, row):
         """Append a line to metrics.jsonl."""
         counters = {name: self.state[name] for name in ("updates", "env_steps")}
         row = counters | {"seconds": round(sum(self.state["seconds"].values()), 2)} | row
-        try:
-            with open(self.dir / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self.dir}/metrics.jsonl ({error}); free some disk "
-                            "space and repeat the command: it continues from the last checkpoint"
-                            ) from None
+        path = self.dir / "metrics.jsonl"
+        with writing(path), open(path, "ab") as file:
+            file.write(json.dumps(row).encode() + b"\n")
+            self.state["logged"] = file.tell()
 
     def update(self, bar, stage):
         """The update of both phases: sample, learn, count, log, save, and stop here if asked."""
@@ -1791,7 +1716,7 @@ class Run:
             self.log({name: float(np.mean([m[name] for m in pending if name in m]))
                       for name in metrics})
             pending.clear()
-            shown = sorted({"model/image", "critic/value", "prior/behaviour_nll"} & metrics.keys())
+            shown = sorted({"model/image", "critic/q", "prior/behaviour_nll"} & metrics.keys())
             bar.set_postfix({name.split("/")[1]: f"{metrics[name]:.3g}" for name in shown})
         if n % cfg.save_every == 0:
             self.save()
@@ -1899,10 +1824,8 @@ def open_loop(agent, episode, seen, steps):
 
 def figure(width, height, *shape, **kwargs):
     """A matplotlib figure (inches) and its axes, without pyplot: no window, no global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     fig = Figure((width, height), layout="constrained")
-    FigureCanvasAgg(fig)
     return fig, fig.subplots(*shape, **kwargs)
 
 
@@ -1910,116 +1833,17 @@ def save_figure(fig, path):
     write_atomically(path, lambda file: fig.savefig(file, format="png", dpi=100))
 
 
-def draw_prediction(agent, episode, path, steps=44, every=4):
-    """prediction.png: truth, open-loop prediction, error; disagreement and reward per step. The
-    first success, if there is one, happens in the prediction."""
-    rewards, L = np.array([0, *episode["reward"]]), len(episode["reward"])
-    success = int(rewards.argmax()) if rewards.any() else L
-    seen = int(np.clip(success - 2 * steps // 3, min(5, L), max(L - steps, min(5, L))))
-    truth, model, u, reward = open_loop(agent, episode, seen, steps)
-    shown = np.arange(max(seen - 5, 0), len(truth), every)
-    error = np.abs(truth.astype(int) - model).mean(-1)
-    size = max(1.05 * len(shown) + 1, 9), 6.2
-    fig, axes = figure(*size, 4, 1, height_ratios=[1, 1, 1, 1.7], sharex=True)
-    extent = shown[0] - every / 2, shown[-1] + every / 2, 0, 1
-    for axis, name, images in zip(axes, ("truth", "model", "|error|"), (truth, model, error)):
-        strip = np.concatenate(images[shown], 1)
-        axis.imshow(strip, "magma", vmin=0, vmax=128, extent=extent, aspect="auto")
-        axis.axvline(seen - 0.5, color="white", lw=2)
-        axis.set(yticks=[], ylabel=name)
-    t = np.arange(shown[0], len(truth))
-    axes[3].plot(t, rewards[t], color="black", label="true reward")
-    axes[3].plot(t, reward[t], color="tab:green", label="model's reward")
-    t = t[t >= seen]
-    axes[3].plot(t, u[t], ".-", color="tab:red", label="disagreement u (1: its mean on the data)")
-    axes[3].axvspan(extent[0], seen - 0.5, color="tab:blue", alpha=0.15, label="images are seen")
-    axes[3].margins(y=0.3)
-    axes[3].set(xticks=shown, xlim=extent[:2],
-                xlabel="agent step (after the white line the model sees actions, no images)")
-    axes[3].legend(fontsize=8, loc="upper left", ncols=4)
-    axes[0].set_title("Open-loop video prediction of an episode it was not trained on", fontsize=10)
-    save_figure(fig, path)
-
-
-@torch.no_grad()
-def write_gif(agent, episodes, path, fps=15):
-    """Episodes side by side, above the model's reconstructions (where there is a model), until 20
-    steps after the last of them first earns its largest reward."""
-    import imageio.v3 as imageio
-    ends = [int(np.argmax(e["reward"])) if e["success"] else len(e["image"]) for e in episodes]
-    columns = []
-    for episode in episodes:
-        columns.append(np.stack(episode["image"]))
-        if isinstance(agent, MOTO):
-            h, z, *_ = agent.model.observe(*as_sequence(agent, episode))
-            model = agent.model.decoder(torch.cat([h, z], -1)[0])
-            columns[-1] = np.concatenate([columns[-1], to_uint8(model)], 1)
-    longest = max(map(len, columns))
-    columns = [np.concatenate([c, np.repeat(c[-1:], longest - len(c), 0)]) for c in columns]
-    frames = np.concatenate(columns, 2)[:20 + max(ends):2].repeat(2, 1).repeat(2, 2)
-    gif = imageio.imwrite("<bytes>", frames, extension=".gif", duration=2000 / fps, loop=0)
-    write_atomically(path, lambda file: file.write(gif))
-
-
 def running_mean(values, width=10):
     return [np.mean(values[max(0, i + 1 - width):i + 1]) for i in range(len(values))]
 
 
-CURVES = {                                                # panel: metric, line, label
-    "success rate": [
-        ("evaluation/success", "o-C0", "evaluation"),
-        ("evaluation/completed", "s--C2", "evaluation: objects in place / 4")],
-    "in units of 1 / (1 - gamma)": [
-        ("evaluation/return", "o-C0", "real return from the start"),
-        ("evaluation/infinite_horizon_return", "o--C0", "the same, its last reward going on"),
-        ("evaluation/value_estimate", "s--C3", "the critics' estimate of it"),
-        ("critic/value", "-C4", "value of the data's decisions, Q"),
-        ("imagined/reward", "-C2", "imagined reward per step")],
-    "losses of model (nats per step) and critics": [
-        (name, "", name) for name in ("model/image", "model/kl", "model/reward", "critic/value",
-                                      "model/continuation", "critic/real", "critic/imagined")],
-    "nats per action": [
-        ("prior/behaviour_nll", "-C5", "-ln b(demonstrated action), Eq 13"),
-        ("actor/correction", "-C1", "mean size of the correction |d|, in units of its bound")]}
-
-
-def draw_curve(cfg, rows, path):
-    """curve.png of one run: success, estimated and real return, losses, the policy."""
-    def column(name):
-        return np.array([(r["updates"], r[name]) for r in rows if name in r]).reshape(-1, 2).T
-    fig, axes = figure(11, 7, 2, 2, sharex=True)
-    x, y = column("episode/success")
-    axes[0, 0].plot(x, running_mean(y), "-C1", label="online episodes (sampled; mean of last 10)")
-    for axis, (ylabel, lines) in zip(axes.flat, CURVES.items()):
-        for name, line, label in lines:
-            x, y = column(name)
-            if y.size:
-                axis.plot(x, y / 4 if name == "evaluation/completed" else y, line, label=label)
-        axis.set(ylabel=ylabel)
-        axis.axvline(cfg.offline_updates, color="black", lw=0.8, ls=":")
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
-    axes[0, 0].set(ylim=(-0.03, 1.03))
-    axes[1, 0].set(yscale="log", xlabel="updates")
-    axes[1, 1].set(xlabel="updates")
-    fig.suptitle(f"{cfg.task}, {cfg.variant}, seed {cfg.seed} (dotted line: the first online "
-                 "episode)")
-    save_figure(fig, path)
-
-
 # ---- Command line --------------------------------------------------------------------------------
 
-CONFIG = {f.name for f in dataclasses.fields(Config)}
-
-
 def add_config_flags(parser):
-    """Give an argparse parser one flag per field of Config, and the presets and variants as its
-    epilog. The parser's argument_default is SUPPRESS: a flag is in its result only where given."""
-    presets = "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in changes.items())}"
-                        for name, changes in PRESETS.items() if changes)
-    parser.epilog = (f"Defaults are those of the preset laptop. Others: {presets}. Variants: "
-                     f"{', '.join(VARIANTS)}.")
+    """Give an argparse parser one flag per field of Config. The parser's argument_default is
+    SUPPRESS: a flag is in its result only where given."""
+    parser.epilog = ("Defaults are those of the preset laptop; the numbers of the others are in "
+                     f"PRESETS in moto.py. Variants: {', '.join(VARIANTS)}.")
     for f in dataclasses.fields(Config):
         allowed = f", in {f.metadata['allowed']}" if f.metadata["allowed"] else ""
         text = f"{f.metadata['help']} (default: {f.default!r}{allowed})".replace("%", "%%")
@@ -2031,25 +1855,21 @@ def add_config_flags(parser):
 
 def parse(argv):
     """Words of a command line -> (Config, dict of --evaluate and --episodes, dict of the other
-    flags), both dicts with what is given alone. Later wins: defaults, preset, task, variant, flags.
-    Raises UserError."""
+    flags), both dicts with what is given alone. Raises UserError."""
     parser = argparse.ArgumentParser(
         prog="moto.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         usage="moto.py [--FLAG VALUE ...] | --evaluate LOGDIR [--episodes N] [--workers N] "
-        "[--device D]",
-        description=__doc__.split("\n\n")[0])
-    parser.add_argument("--evaluate", metavar="LOGDIR",
-                        help="score an agent on new episodes, draw a GIF")
-    parser.add_argument("--episodes", type=int, metavar="N",
-                        help="with --evaluate: how many episodes")
+        "[--device D]", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--evaluate", metavar="LOGDIR", help="score an agent on new episodes")
+    parser.add_argument("--episodes", type=int, metavar="N", help="how many, with --evaluate")
     add_config_flags(parser)
     given = vars(parser.parse_args(argv))
     commands = {name: given.pop(name) for name in ("evaluate", "episodes") if name in given}
-    for name in given.keys() - {"workers", "device"} if "evaluate" in commands else ():
-        raise UserError(f"--{name.replace('_', '-')} is not used by --evaluate, only by training; "
-                        "leave it out")
-    if "episodes" in commands and "evaluate" not in commands:
-        raise UserError("--episodes is not used by training, only by --evaluate; leave it out")
+    command, unused = "training", commands.keys()
+    if "evaluate" in commands:
+        command, unused = "--evaluate", given.keys() - {"workers", "device"}
+    for name in unused:
+        raise UserError(f"--{name.replace('_', '-')} is not used by {command}; leave it out")
     if commands.get("episodes", 1) < 1:
         raise UserError(f"--episodes is {commands['episodes']} but must be at least 1")
     return build_config(**given), commands, given
@@ -2079,12 +1899,11 @@ def build_config(**given):
     cfg.logdir = cfg.logdir or f"runs/{run_name(cfg.task, cfg.variant, cfg.seed)}"
     for name in ("logdir", "data", "cache"):
         setattr(cfg, name, os.path.expanduser(getattr(cfg, name)))
-    if cfg.precision == "auto":                           # a run keeps what it began with
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            before = json.loads((Path(cfg.logdir) / "config.json").read_text())["config"]
-            cfg.precision = before["precision"]
     if cfg.precision == "auto":
         cfg.precision = "bfloat16" if gpu or bfloat16_pays() else "float32"
+        with contextlib.suppress(OSError, ValueError, KeyError):       # a run keeps its own
+            saved = json.loads((Path(cfg.logdir) / "config.json").read_text())
+            cfg.precision = saved["config"]["precision"]
     check_config(cfg)
     return cfg
 
@@ -2117,57 +1936,37 @@ def within(value, interval):
 
 def check_config(cfg):
     """Raise UserError on a value that cannot work, naming the flag."""
-    rules = [(f.name, within(getattr(cfg, f.name), f.metadata["allowed"]),
-              f"in {f.metadata['allowed']}")
-             for f in dataclasses.fields(cfg) if f.metadata["allowed"]]
-    gpus = torch.cuda.device_count()
-    devices = ["cpu", *["cuda"] * bool(gpus), *(f"cuda:{index}" for index in range(gpus))]
-    shortest = cfg.hold + FRAMES
-    rules += [("image_size", cfg.image_size % 16 == 0, "a multiple of 16"),
-              ("length", cfg.length >= shortest, f"at least {shortest}: --hold + {FRAMES} images"),
-              ("precision", cfg.precision in ("float32", "bfloat16"), "auto, float32 or bfloat16"),
-              ("reward_head", cfg.reward_head in ("bernoulli", "normal"),
-               "auto, bernoulli or normal"),
-              ("device", cfg.device in devices, f"cpu, cuda or cuda:N; torch sees {gpus or 'no'} "
-               "GPU: use --device cpu or a CUDA build of torch")]
-    for name, fine, rule in rules:
-        if not fine:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is {getattr(cfg, name)!r} but must be {rule}")
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    names = {"precision": ["float32", "bfloat16"], "reward_head": ["bernoulli", "normal"],
+             "device": ["cpu", "cuda", *gpus] if gpus else ["cpu"]}
+    for f in dataclasses.fields(cfg):
+        value, allowed, rule = getattr(cfg, f.name), f.metadata["allowed"], ""
+        if f.name in names and value not in names[f.name]:
+            rule = f"one of {', '.join(names[f.name])}"
+        elif allowed and not within(value, allowed):
+            rule = f"in {allowed}"
+        elif f.name == "image_size" and value % 16:
+            rule = "a multiple of 16"
+        elif f.name == "length" and value < cfg.hold + FRAMES:
+            rule = f"at least {cfg.hold + FRAMES}: --hold + {FRAMES} images"
+        if rule:
+            raise UserError(f"--{f.name.replace('_', '-')} is {value!r} but must be {rule}")
 
 
 def lock(folder):
     """An open file that keeps other processes from training in this folder, which is made if need
     be. Raises UserError where one does, and where the folder cannot be written to."""
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error}); choose a --logdir that can be "
-                        "written to") from None
-    with contextlib.suppress(ImportError):                # Windows
+    with contextlib.suppress(ImportError, OSError):       # Windows; file systems without locks
         import fcntl
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is training in {folder}; wait for it, or choose "
                             "another --logdir") from None
-        except OSError as error:                          # a network's file system, as a rule
-            print(f"note: {folder} cannot be locked ({error}): see to it that one process trains "
-                  "there", file=sys.stderr)
     return file
-
-
-def announce(run):
-    """Print what will be trained, where, and how it differs from what its names say."""
-    cfg, updates = run.cfg, run.state["updates"]
-    print(f"{cfg.task}, {cfg.variant}, seed {cfg.seed}, preset {cfg.preset}, {cfg.device}, "
-          f"{cfg.precision}, renderer: {run.env.describe().get('renderer', 'its own')} -> {run.dir}"
-          + f"; continuing at update {updates}" * bool(updates))
-    changed = [f"{name} {getattr(cfg, name)} for its {value}" for name, value in
-               VARIANTS[cfg.variant].items() if getattr(cfg, name) != value]
-    if changed:
-        print(f"note: this is {cfg.variant} with {', '.join(changed)}")
 
 
 def finish(run):
@@ -2176,8 +1975,7 @@ def finish(run):
     offline, final = state["scores"]["offline"], state["scores"]["final"]
     seconds = {stage: round(value, 1) for stage, value in state["seconds"].items()}
     scores = {f"{phase}_{key}": value for phase in ("offline", "final")
-              for key, value in state["scores"][phase].items()
-              if key in ("success", "return", "completed", "counts")}
+              for key, value in state["scores"][phase].items() if key != "episodes"}
     write_json(run.dir / "result.json", {
         "task": cfg.task, "variant": cfg.variant, "seed": cfg.seed, "preset": cfg.preset, **scores,
         "eval_episodes": final["episodes"], "updates": state["updates"],
@@ -2187,42 +1985,25 @@ def finish(run):
     print(f"success offline {offline['success']:.0%}, final {final['success']:.0%} (over "
           f"{final['episodes']} fresh episodes) in {sum(seconds.values()) / 60:.1f} minutes; "
           f"pictures and weights: {run.dir}")
-    with decorative("curve.png"):
-        draw_curve(cfg, read_metrics(run.dir / "metrics.jsonl"), run.dir / "curve.png")
-    with decorative("pictures of episodes"):
-        if run.videos is None:                            # resumed after the last evaluation
-            _, run.videos = evaluate(cfg, run.workers, run.agent, min(4, cfg.final_episodes))
-        write_gif(run.agent, run.videos, run.dir / "eval.gif")
-        if isinstance(run.agent, MOTO):
-            shown = max(run.videos, key=lambda episode: episode["success"])    # the first, if any
-            draw_prediction(run.agent, shown, run.dir / "prediction.png")
-    if isinstance(run.agent, MOTO) and hasattr(run.env, "draw"):
-        with decorative("combination.png"):
-            run.env.draw(run, run.dir / "combination.png")
+    with decorative("pictures"):
+        extra("pictures").draw_run(run)
 
 
 def train(cfg):
     """The main job: demonstrations, pretrain, finetune, result.json, pictures."""
-    folder = Path(cfg.logdir)
-    with lock(folder):
-        for partial in folder.glob("*.[0-9]*.partial"):   # of a process that died while writing
-            if not partial.name.startswith("evaluate"):   # which --evaluate may be writing now
-                partial.unlink()
-        run = Run(cfg)
+    with lock(Path(cfg.logdir)), contextlib.closing(Run(cfg)) as run:
+        print(f"{cfg.task}, {cfg.variant}, seed {cfg.seed}, preset {cfg.preset}, {cfg.device}, "
+              f"{cfg.precision} -> {run.dir}, from update {run.state['updates']} on")
+        run.open_data()
+        run.forget_later_metrics()
+        run.describe()
         try:
-            announce(run)
-            run.open_data()
-            run.forget_later_metrics()
-            run.describe()
-            try:
-                pretrain(run)
-                finetune(run)
-            except (Stopped, EpisodeError):
-                run.save()
-                raise
-            finish(run)
-        finally:
-            run.close()
+            pretrain(run)
+            finetune(run)
+        except (Stopped, EpisodeError):
+            run.save()
+            raise
+        finish(run)
 
 
 def open_run(logdir, **given):
@@ -2231,47 +2012,34 @@ def open_run(logdir, **given):
     logdir = os.path.expanduser(logdir)
     try:
         config = json.loads((Path(logdir) / "config.json").read_text())["config"]
-        if config.keys() != CONFIG:
-            other = ", ".join(sorted(config.keys() ^ CONFIG))
-            raise UserError(f"{logdir} was made by another version of this program, whose config "
-                            f"has other fields ({other}); use the moto.py in that folder")
-        here = {"logdir": logdir, "device": "auto", "workers": min(config["workers"], cores())}
-        cfg = build_config(**config | here | given)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{logdir} is no run folder ({error}); --evaluate takes a run's --logdir"
                         ) from None
-    return Run(cfg, acting=True)
+    other = config.keys() ^ vars(Config()).keys()
+    if other:
+        raise UserError(f"{logdir} was made by another version of this program, with or without "
+                        f"{', '.join(sorted(other))}; use the moto.py in that folder")
+    here = {"logdir": logdir, "device": "auto", "workers": min(config["workers"], cores())}
+    return Run(build_config(**config | here | given), acting=True)
 
 
 def evaluate_run(logdir, episodes=None, **given):
     """--evaluate: score the agent in a run's folder on episodes no run has seen, print JSON; write
     evaluate.gif and, for Franka Kitchen, evaluate-combination.png."""
-    run = open_run(logdir, **given)
-    try:
+    with contextlib.closing(open_run(logdir, **given)) as run:
         cfg, episodes = run.cfg, episodes or run.cfg.final_episodes
         result, videos = evaluate(cfg, run.workers, run.agent, episodes, first=10_000)
-        with decorative("evaluate.gif"):
-            write_gif(run.agent, videos, run.dir / "evaluate.gif")
-            print(f"wrote {run.dir / 'evaluate.gif'}", file=sys.stderr)
-        if isinstance(run.agent, MOTO) and hasattr(run.env, "draw"):
-            with decorative("evaluate-combination.png"):
-                result |= run.env.draw(run, run.dir / "evaluate-combination.png")
-                print(f"wrote {run.dir / 'evaluate-combination.png'}", file=sys.stderr)
-    finally:
-        run.close()
+        with decorative("pictures"):
+            result |= extra("pictures").draw_evaluation(run, videos)
     print(json.dumps({"task": cfg.task, "variant": cfg.variant, "seed": cfg.seed,
                       "updates": run.state["updates"]} | result))
 
 
-@contextlib.contextmanager
-def signals_wait():
-    """Inside, Ctrl-C and SIGTERM wait for the next step boundary (minutes, while torch.compile is
-    at work); a second one does not. In a thread signals are not the program's, and nothing
-    changes."""
+def exit_code(command, argv=None):
+    """Run command(argv), which raises UserError on bad input -> the exit code: 0 done, 2 after a
+    UserError, 130 / 143 stopped after Ctrl-C / SIGTERM. These wait for the next step boundary
+    (minutes, while torch.compile is at work); a second one does not."""
     stop_requested["signal"] = None
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def note(number, frame):
         if stop_requested["signal"]:
@@ -2280,33 +2048,19 @@ def signals_wait():
         os.write(2, b"\nmoto: stopping after this step; Ctrl-C again: at once\n")    # no print here
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        command(argv)
+        sys.stdout.flush()
+    except UserError as trouble:
+        print(f"moto: {trouble}", file=sys.stderr)
+        return 2
+    except (Stopped, KeyboardInterrupt):
+        print("moto: stopped; repeat the command to continue", file=sys.stderr)
+        return 128 + (stop_requested["signal"] or signal.SIGINT)
+    except BrokenPipeError:                                            # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def exit_code(command, argv=None):
-    """Run command(argv), which raises UserError on bad input -> the exit code: 0 done, 2 after a
-    UserError, 130 / 143 stopped after Ctrl-C / SIGTERM."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        os._exit(2)    # a rollout worker imports a script that calls this unguarded: it says so
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # what cannot be shown is no error
-    with signals_wait():
-        try:
-            command(argv)
-            sys.stdout.flush()
-        except UserError as trouble:
-            print(f"moto: {trouble}", file=sys.stderr)
-            return 2
-        except (Stopped, KeyboardInterrupt) as stop:
-            how = "" if isinstance(stop, Stopped) else " at once, the last checkpoint stands"
-            print(f"moto: stopped{how}; repeat the command to continue", file=sys.stderr)
-            return 128 + (stop_requested["signal"] or signal.SIGINT)
-        except BrokenPipeError:                                        # `| head` has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
