@@ -1575,8 +1575,10 @@ class Run:
             if path.exists():
                 try:
                     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                    config, done = checkpoint["config"], checkpoint["state"]["updates"]
                     break
-                except Exception as error:
+                except Exception as error:                # set aside, so that no save keeps it
+                    path.replace(path.with_suffix(".damaged"))
                     print(f"warning: {path} cannot be read ({type(error).__name__})",
                           file=sys.stderr)
         else:
@@ -1586,13 +1588,13 @@ class Run:
                 raise UserError(f"{self.dir} holds a run, but no checkpoint that can be read: it "
                                 "cannot be continued; choose another --logdir or remove the folder")
             return None
-        changed = differences(checkpoint["config"], dataclasses.asdict(self.cfg))
+        changed = differences(config, dataclasses.asdict(self.cfg))
         if changed:
             listed = "; ".join(f"{name} ({there} there, {here} now)"
                                for name, (there, here) in changed.items())
             raise UserError(f"{self.dir} has another config: {listed}; repeat its flags, choose "
                             "another --logdir, or use the moto.py there")
-        done, planned = checkpoint["state"]["updates"], planned_updates(self.cfg)
+        planned = planned_updates(self.cfg)
         if done > planned:
             raise UserError(f"{self.dir} has {done} updates, more than the {planned} of this "
                             "budget; repeat its --online-episodes or more")
@@ -1600,12 +1602,16 @@ class Run:
 
     def restore(self, checkpoint):
         """Set everything to where the checkpoint left it."""
-        self.agent.load_state_dict(checkpoint["agent"])
-        self.state = checkpoint["state"]
-        self.rng.bit_generator.state = json.loads(checkpoint["numpy_rng"])
-        torch.set_rng_state(checkpoint["torch_rng"])
-        if self.agent.device.type == "cuda" and "cuda_rng" in checkpoint:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.agent.device)
+        try:
+            self.agent.load_state_dict(checkpoint["agent"])
+            self.state = checkpoint["state"]
+            self.rng.bit_generator.state = json.loads(checkpoint["numpy_rng"])
+            torch.set_rng_state(checkpoint["torch_rng"])
+            if self.agent.device.type == "cuda" and "cuda_rng" in checkpoint:
+                torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.agent.device)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"the checkpoint in {self.dir} does not fit this program ({error}); "
+                            "use the moto.py in that folder or choose another --logdir") from None
 
     def load_agent(self):
         """Set what acts from agent.pt."""
