@@ -1584,7 +1584,7 @@ class Run:
         else:
             rows = read_metrics(self.dir / "metrics.jsonl")
             scored = any(row.get("evaluation") == "offline" for row in rows)
-            if scored or any(self.dir.glob("*.pt")):
+            if scored or [*self.dir.glob("*.pt"), *self.dir.glob("*.damaged")]:
                 raise UserError(f"{self.dir} holds a run, but no checkpoint that can be read: it "
                                 "cannot be continued; choose another --logdir or remove the folder")
             return None
