@@ -312,6 +312,7 @@ class Actor(nn.Module):
         super().__init__()
         self.net = mlp(cfg.hidden, cfg.hidden, action_size)
         nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
 
     def forward(self, e):
         return torch.tanh(self.net(e).float())
