@@ -2120,6 +2120,8 @@ def check_config(cfg):
     gpus = torch.cuda.device_count()
     devices = ["cpu", *["cuda"] * bool(gpus), *(f"cuda:{index}" for index in range(gpus))]
     rules += [("image_size", cfg.image_size % 16 == 0, "a multiple of 16"),
+              ("length", cfg.length >= cfg.hold + FRAMES,
+               f"at least {cfg.hold + FRAMES}, --hold + {FRAMES}"),
               ("precision", cfg.precision in ("float32", "bfloat16"), "auto, float32 or bfloat16"),
               ("reward_head", cfg.reward_head in ("bernoulli", "normal"),
                "auto, bernoulli or normal"),
