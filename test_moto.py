@@ -912,19 +912,45 @@ class Echo:
         return self.show(a), float(a[0]), self.ends and self.t == 5, self.t == 5, self.t == 2
 
 
-def test_evaluations_act_by_means_and_with_eval_stochastic_as_collection_does(agent):
-    """The policy's mean at the state it is in; or, the same each time, noise that no two episodes
-    share."""
-    def actions(**changes):
-        cfg = dataclasses.replace(agent.cfg, **changes)
-        kept = moto.evaluate(cfg, moto.RolloutWorkers(cfg, Echo(False)), agent, 2)[1]
-        return [np.array(episode["action"]) for episode in kept], kept[0]["image"][0]
-    means, image = actions()
-    (one, two), again = actions(eval_stochastic=True)[0], actions(eval_stochastic=True)[0]
-    np.testing.assert_array_equal([one, two], again)
-    assert np.abs(one - two).min() > 1e-3                     # no two share their noise
-    np.testing.assert_array_equal(means[0], means[1])
-    np.testing.assert_array_equal(means[0][0], agent.ema_policy.act(image)[0])
+def test_evaluations_act_by_means(agent):
+    kept = moto.evaluate(agent.cfg, moto.RolloutWorkers(agent.cfg, Echo(False)), agent, 2)[1]
+    one, two = (np.array(episode["action"]) for episode in kept)
+    np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(one[0], agent.ema_policy.act(kept[0]["image"][0])[0])
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("hold", [1, 3])
+def test_acting_holds_each_decision_for_k_steps_and_stays_near_the_prior(sampled, hold):
+    """The prior is read at every step, the actor at every k-th; noise is drawn for each decision
+    alone, in units of the bound."""
+    policy, state = tiny_agent(hold=hold, length=6, bound=0.2, noise=0.4).ema_policy, None
+    randomised(policy.actor)
+    noise, twin = (torch.Generator().manual_seed(7) for _ in range(2))
+    images, seen = batch_of(policy.cfg, T=8, B=1)["image"][0], []
+    for t, image in enumerate(images):
+        a, state = policy.act(image.numpy(), state, noise if sampled else None)
+        stack = [images[max(t - n, 0)] for n in (2, 1, 0)]
+        e = policy.encoder(moto.to_image(torch.cat(stack, -1))[None])
+        if t % hold == 0:
+            d = policy.actor(e)
+            assert d.abs().max() <= 1
+            d = d + 0.4 * torch.randn(1, 2, generator=twin) if sampled else d
+            seen.append(d)
+        b = policy.prior(e).mode
+        np.testing.assert_allclose(a, (b + 0.2 * d).clamp(-1, 1)[0], atol=1e-6)
+        assert sampled or np.abs(a - b[0].numpy()).max() <= 0.2
+    assert len(torch.cat(seen).unique(dim=0)) == math.ceil(8 / hold)
+
+
+def test_the_behaviour_prior_alone_samples_each_action():
+    policy, state = tiny_agent(variant="bc").ema_policy, None
+    noise, twin = (torch.Generator().manual_seed(7) for _ in range(2))
+    e = policy.encoder(moto.to_image(torch.as_tensor(random_image())).repeat(3, 1, 1)[None])
+    for _ in range(3):
+        a, state = policy.act(random_image(), state, noise)
+        expected, _ = policy.prior(e).rsample(torch.randn(1, 2, generator=twin))
+        np.testing.assert_allclose(a, expected[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["drawer-open", "kitchen-partial"])
@@ -961,7 +987,7 @@ def test_action_image_reward_alignment_and_time_limits(agent, tmp_path, ends):
         assert len(episode["action"]) == 5
         assert episode.pop("success") is True                 # once is enough
         moto.save_episode(tmp_path / f"{i}.npz", **episode)
-        store.add(moto.load_episode(tmp_path / f"{i}.npz", 16, 2), True)
+        store.add(moto.load_episode(tmp_path / f"{i}.npz", 16, 2))
     held = {name: values[:18] for name, values in store.data.items()}
     assert store.size == 18
     assert store.data["is_first"].nonzero().flatten().tolist() == [0, 6, 12]
@@ -982,7 +1008,7 @@ def test_replay_is_uniform_over_positions_and_mixes_as_told():
         offline = part == "offline"                           # its images are 1, the others 0
         store.add({"image": np.full((n, 16, 16, 3), offline, np.uint8),
                    "action": np.linspace(0, 1, n - 1)[:, None], "reward": np.arange(n - 1),
-                   "terminal": False}, offline, part)
+                   "terminal": False}, part)
 
     def counts(*part):
         batch = store.sample(rng, 20_000, 5, *part)           # every sequence starts afresh, and
@@ -1000,13 +1026,6 @@ def test_replay_is_uniform_over_positions_and_mixes_as_told():
     assert from_offline(moto.sample_batch(cfg, rng, store)).sum() == 2
     found = counts("online")
     assert len(found) == 56 and found.min() > 0.7 * found.mean()
-    store.join(30, np.arange(10) > 4)                # its first eleven images; six to ten are demo
-    batch = store.sample(rng, 20_000, 5)
-    joined = ~from_offline(batch)
-    starts = np.unique(batch["r"][joined, 1])
-    assert starts.tolist() == list(range(11))                 # now drawn as offline data, too
-    assert batch["is_demo"][joined].any()
-    assert not store.sample(rng, 20_000, 5, "online")["is_demo"].any()
     images = store.data["image"]
     assert images.dtype == torch.uint8 and len(images) == 90  # held once
 
@@ -1028,7 +1047,7 @@ def test_a_terminal_task_learns_its_continuation(tmp_path):
     assert all(e["terminal"] and e["reward"][-1] == 1 for e in episodes)
     store = moto.Replay(200, 16, 2)
     for e in episodes:
-        store.add(e, True)
+        store.add(e)
     agent = tiny_agent(task="gym:test/DotEnds-v0", model_lr=3e-3, channels=8, hidden=32, deter=32)
     rng = np.random.default_rng(0)
     losses = [agent.update(store.sample(rng, 8, 5))["model/continuation"] for _ in range(300)]
@@ -1036,7 +1055,7 @@ def test_a_terminal_task_learns_its_continuation(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# Acting, stacked frames, shifts and the behaviour term's states
+# Stacked frames and shifts
 # --------------------------------------------------------------------------------------------------
 
 def test_frames_are_stacked_within_an_episode():
@@ -1053,30 +1072,46 @@ def test_frames_are_stacked_within_an_episode():
     assert torch.equal(moto.stacked(image, first, 1), image)
 
 
-def test_acting_stacks_the_frames_as_training_does():
-    policy = tiny_agent(False, variant="bc").ema_policy
-    image, state = torch.randint(0, 255, (5, 16, 16, 3), dtype=torch.uint8), None
+@pytest.mark.parametrize("variant", ["bc", "moto"])
+def test_acting_stacks_the_frames_as_training_does(variant):
+    agent = tiny_agent(False, variant=variant, hold=1)
+    policy, state = agent.ema_policy, None
+    image = torch.randint(0, 255, (5, 16, 16, 3), dtype=torch.uint8)
     padded = torch.cat([image[:1], image[:1], image])[None]                    # as at a reset
-    frames = moto.stacked(padded, torch.zeros(1, 7, dtype=torch.bool), 3)[0]
-    feat = policy.model(moto.to_image(frames))
+    batch = {"image": padded, "is_first": torch.zeros(1, 7, dtype=torch.bool),
+             "a": torch.zeros(1, 7, 2)}
+    e = agent.encode_frames(policy.encoder, batch, 0)[0][0]
     for t in range(5):
         a, state = policy.act(image[t].numpy(), state)
-        np.testing.assert_allclose(a, policy.actor(feat[t]).mode, atol=1e-5)
+        np.testing.assert_allclose(a, policy.prior(e[t]).mode, atol=1e-5)
 
 
-@pytest.mark.parametrize("steps", [(), (5,)])
-def test_random_shifts_move_each_image_or_sequence_as_a_whole(steps):
+def test_features_are_those_of_the_steps_with_a_whole_stack(agent):
+    """e and every other part of the batch are aligned; each stack is shifted by itself."""
+    batch = agent.prepare_batch(batch_of(agent.cfg))
+    e, later = agent.encode_frames(agent.encoder, batch, 0)
+    assert e.shape == (4, 4, 16) and "image" not in later
+    assert torch.equal(later["a"], batch["a"][:, 2:])
+    assert torch.equal(later["valid"], batch["valid"][:, 2:])
+    for t in range(2, 6):
+        stack = torch.cat([batch["image"][:, t - n] for n in (2, 1, 0)], -1)
+        torch.testing.assert_close(e[:, t - 2], agent.encoder(moto.to_image(stack)))
+    still = {**batch, "image": batch["image"][:1, :1].expand(4, 6, 16, 16, 3)}
+    assert len(agent.encode_frames(agent.encoder, still, 0)[0].flatten(0, 1).unique(dim=0)) == 1
+    shifted, _ = agent.encode_frames(agent.encoder, still, 3)
+    assert len(shifted.flatten(0, 1).unique(dim=0)) > 8
+
+
+def test_random_shifts_move_each_image_as_a_whole():
     torch.manual_seed(0)
-    image = torch.randint(0, 255, (40, *steps, 16, 16, 3), dtype=torch.uint8)
+    image = torch.randint(0, 255, (40, 16, 16, 9), dtype=torch.uint8)
     moved = moto.random_shift(image, 2)
-    assert moved.shape == image.shape and moved.is_contiguous()
-    single = image.flatten(0, -4).movedim(-1, 1).float()
-    padded = torch.nn.functional.pad(single, (2, 2, 2, 2), mode="replicate").byte()
-    padded = padded.movedim(1, -1).unflatten(0, image.shape[:-3])
-    found = set()
+    assert moved.shape == image.shape
+    padded = torch.nn.functional.pad(image.movedim(-1, 1).float(), (2,) * 4, mode="replicate")
+    padded, found = padded.byte().movedim(1, -1), set()
     for n in range(40):
         where = [(i, j) for i, j in itertools.product(range(5), range(5))
-                 if torch.equal(padded[n, ..., i:i + 16, j:j + 16, :], moved[n])]
+                 if torch.equal(padded[n, i:i + 16, j:j + 16], moved[n])]
         assert len(where) == 1
         found.add(where[0])
     assert len(found) > 15 and torch.equal(moto.random_shift(image, 0), image)
@@ -1092,8 +1127,8 @@ def baseline(variant, **changes):
     agent, g = tiny_agent(variant=variant, **changes), torch.Generator().manual_seed(1)
     terminal = (torch.rand(4, 6, generator=g) < 0.2).float()
     batch = agent.prepare_batch(batch_of(agent.cfg) | {"terminal": terminal})
-    batch["valid"][1, 2] = batch["bc_mask"][1, 2] = batch["bc_mask"][2, 4] = 0
-    return agent, torch.randn(4, 6, 22, generator=g), batch
+    batch["valid"][1, 2] = 0
+    return agent, torch.randn(4, 6, 16, generator=g), batch
 
 
 def one_by_one(batch):
@@ -1112,8 +1147,8 @@ def check_gradients(agent, loss, parts):
 def test_bc_against_an_oracle():
     agent, feat, batch = baseline("bc")
     loss, _ = agent.losses(feat, batch)
-    terms = [tanh_normal(agent.actor(feat[b, t])).log_prob(batch["a"][b, t + 1]).sum()
-             for b, t in one_by_one(batch) if batch["bc_mask"][b, t]]
+    terms = [tanh_normal(agent.prior(feat[b, t])).log_prob(batch["a"][b, t + 1]).sum()
+             for b, t in one_by_one(batch)]
     torch.testing.assert_close(loss, -torch.stack(terms).mean(), rtol=1e-4, atol=1e-4)
 
 
@@ -1325,8 +1360,7 @@ def finished(dots, tmp_path_factory):
     return logdir
 
 
-@pytest.mark.parametrize("changes", [{}, {"pixel_prior": True, "latent_std_scale": 0.0}])
-def test_the_newest_ema_policy_collects_also_after_a_stop(dots, tmp_path, monkeypatch, changes):
+def test_the_newest_ema_policy_collects_also_after_a_stop(dots, tmp_path, monkeypatch):
     """Episode k is collected with the weights after all updates so far; also after a stop in
     between."""
     true_rollout, true_update, collected = moto.rollout, moto.Run.update, []
@@ -1341,7 +1375,7 @@ def test_the_newest_ema_policy_collects_also_after_a_stop(dots, tmp_path, monkey
             moto.stop_requested["signal"] = signal.SIGTERM
         true_update(self, bar, stage)
     expected = [(0, 6.0), (1, 10.0), (2, 14.0), (3, 18.0)]    # 6 offline updates, 4 per episode
-    changes = changes | dict(online_episodes=4)
+    changes = dict(online_episodes=4)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     monkeypatch.setattr(moto, "rollout", watched)
     assert run(dots, whole, **changes) == 0
@@ -1553,19 +1587,20 @@ def test_what_acts_is_enough_to_evaluate_and_not_enough_to_continue(
     before = content(finished)
     scores = [evaluation(capsys, folder, 6) for folder in (finished, small)]
     assert scores[0] == scores[1]
-    assert "value_estimate" not in scores[0] and scores[0]["episodes"] == 6
+    assert math.isfinite(scores[0]["value_estimate"]) and scores[0]["episodes"] == 6
     after = content(finished)
     assert after.pop("evaluate.gif") and before.pop("evaluate.gif", True) and after == before
     config = read_json(finished / "config.json")["config"]
     before = content(small)
     one_sentence(capsys, flags(**(config | {"logdir": small})), "cannot be continued")
     assert content(small) | {".lock": b""} == before | {".lock": b""}
-    part = moto.open_run(small)
-    model, whole = part.agent.model, moto.Run(moto.Config(**config)).agent
-    torch.testing.assert_close(model.disagreement_mean, whole.model.disagreement_mean)
-    averaged = whole.ema_policy.model.state_dict()
-    torch.testing.assert_close(model.state_dict(), averaged, rtol=1e-3, atol=1e-3)
-    assert part.state["updates"] == 14
+    part, whole = moto.open_run(small), moto.Run(moto.Config(**config)).agent
+    for name, module in whole.modules.items():
+        published = part.agent.modules[name].state_dict()
+        torch.testing.assert_close(published, module.state_dict(), rtol=1e-3, atol=1e-3)
+    values = [a.value_estimate(random_image()) for a in (part.agent, whole)]
+    assert values[0] == pytest.approx(values[1], rel=0.01, abs=0.003)
+    assert part.state["updates"] == 14 == part.agent.ema_policy.updates
 
 
 def test_evaluating_a_run_that_is_still_training_leaves_its_metrics_alone(
@@ -1638,17 +1673,17 @@ def test_a_sweep_runs_all_reports_failures_and_skips_what_is_finished(
 def test_flags_of_a_sweep_leave_a_variant_what_it_is_and_a_single_run_says_what_it_became(
         dots, tmp_path, capsys):
     variants = "no-bc", "no-unc", "bc"
-    shared = dict(online_episodes=1, bc_repr_weight=3.0, alpha=0.5)
+    shared = dict(online_episodes=1, beta=0.2, alpha=0.5)
     argv = [*sweep_flags(dots, tmp_path, **shared), "--tasks", DOT, "--variants", *variants]
     assert reproduce.main(argv) == 0
     configs = [read_json(tmp_path / dot_run(v) / "config.json")["config"] for v in variants]
-    assert [config["bc_repr_weight"] for config in configs] == [0, 3, 3]
+    assert [config["beta"] for config in configs] == [0, 0.2, 0.2]
     assert [config["alpha"] for config in configs] == [0.5, 0, 0.5]
     assert [config["online_episodes"] for config in configs] == [1, 1, 0]
-    assert configs[0]["beta"] == 0
+    assert [config["bound"] for config in configs] == [1, 0.15, 0.15]
     capsys.readouterr()
-    assert run(dots, tmp_path / "alone", variant="no-bc", bc_repr_weight=3.0) == 0
-    note = "note: this is no-bc with bc_repr_weight 3.0 for its 0.0\n"
+    assert run(dots, tmp_path / "alone", variant="no-bc", beta=0.2) == 0
+    note = "note: this is no-bc with beta 0.2 for its 0.0\n"
     assert note in capsys.readouterr().out
     assert run(dots, tmp_path / "plain", variant="no-bc") == 0
     assert "note:" not in capsys.readouterr().out
@@ -1776,6 +1811,7 @@ def one_sentence(capsys, argv, *words, program=moto):
     (["--model-lr", "0"], ["--model-lr", "(0, inf)"]),
     (["--image-size", "50"], ["multiple of 16"]),
     (["--length", "1"], ["--length", "[4, inf)"]),
+    (["--length", "10"], ["--length", "at least 11", "--hold"]),
     (["--episode-steps", "300"], ["--episode-steps", "at most 245"]),
     (["--evaluate", "/nowhere", "--episodes", "0"], ["--episodes", "at least 1"]),
     (["--device", "abacus"], ["abacus"]),
@@ -2155,7 +2191,7 @@ def test_runs_are_grouped_by_configuration_and_those_without_a_score_left_out(
     (tmp_path / "begun" / "metrics.jsonl").write_text("")
     assert reproduce.main([*folders, folders[0] + "/../a"]) == 0
     out, err = capsys.readouterr()
-    expected = [["moto, beta 1.0", "0, 1"], ["moto, beta 0.03", "2"], ["bc", "0"]]
+    expected = [["moto, beta 0.05", "0, 1"], ["moto, beta 0.03", "2"], ["bc", "0"]]
     assert [row[1:] for row in rows_of(out)] == expected
     assert "nan" not in out and f"left out, without a score yet: {tmp_path / 'begun'}" in err
     one_sentence(capsys, [folders[-1]], "no score yet", "begun", program=reproduce)
@@ -2163,8 +2199,6 @@ def test_runs_are_grouped_by_configuration_and_those_without_a_score_left_out(
 
 @pytest.mark.parametrize("argv, words", [
     (["--evaluate", "RUN", "--seed", "7"], ["--seed", "--evaluate", "only by training"]),
-    (["--evaluate", "RUN", "--no-pixel-prior"],
-     ["--pixel-prior", "--evaluate", "only by training"]),
     (["--episodes", "3", "--preset", "debug"], ["--episodes", "training", "only by --evaluate"]),
 ])
 def test_a_flag_that_a_command_does_not_use_is_refused(finished, capsys, argv, words):
@@ -2192,11 +2226,11 @@ def test_a_run_is_not_continued_with_other_data_or_by_another_version(dots, tmp_
     assert {name: after[name] for name in before} == before
     config, checkpoint = folder / "config.json", folder / "checkpoint.pt"
     saved, state = read_json(config), checkpoint_of(folder)
-    del saved["config"]["context"], state["config"]["context"]      # before there was such a field
+    del saved["config"]["warmup"], state["config"]["warmup"]        # before there was such a field
     config.write_text(json.dumps(saved))
     torch.save(state, checkpoint)
-    one_sentence(capsys, longer(dots), "context (nothing there, 0 now)")
-    one_sentence(capsys, ["--evaluate", str(folder)], "another version", "context")
+    one_sentence(capsys, longer(dots), "warmup (nothing there, 1 now)")
+    one_sentence(capsys, ["--evaluate", str(folder)], "another version", "warmup")
 
 
 def test_a_run_that_died_before_its_first_checkpoint_begins_again_and_one_that_lost_it_does_not(
@@ -2283,7 +2317,7 @@ def test_a_script_without_a_main_guard_is_told_before_anything_is_trained(dots, 
 def test_a_compiler_that_cannot_compile_leaves_the_eager_form(tmp_path):
     code = """
 agent = moto.MOTO(t.tiny(), 2, True, "cpu", compiled=True)
-print(agent.update(t.batch_of(agent.cfg, T=2))["model/kl"])
+print(agent.update(t.batch_of(agent.cfg, T=5))["model/kl"])
 """
     broken = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = child(code, env=os.environ | broken)
@@ -2312,18 +2346,15 @@ def test_frozen_leaves_what_was_frozen_before(agent):
     assert torch.equal(before, mine.weight)
 
 
-def test_the_value_estimate_is_for_the_latents_that_the_critics_were_trained_on(agent):
-    cfg, model, image = agent.cfg, agent.model, batch_of(agent.cfg)["image"][0, 0].numpy()
-    with torch.no_grad():
-        for parameter in agent.ema_policy.model.parameters():        # the averaged weights differ
-            parameter.add_(torch.randn_like(parameter))
-    a = torch.as_tensor(agent.ema_policy.act(image)[0])[None]
-    x = moto.to_image(torch.as_tensor(image))[None, None]
-    first = torch.ones(1, 1, dtype=torch.bool)
-    with torch.no_grad():
-        h, z, *_ = model.filter(model.embed(x), torch.zeros(1, 1, 2), first, scale=0.0)
-        q = agent.target(torch.cat([h, z], -1)[0], a).min() * (1 - cfg.gamma)
-    assert agent.value_estimate(image) == pytest.approx(float(q), abs=1e-5)
+def test_the_value_estimate_is_for_what_acts_and_by_the_target_critics(agent):
+    """On the first image three times; the averaged weights and the trained ones differ here."""
+    image, policy = random_image(), agent.ema_policy
+    for name in ("encoder", "prior", "actor", "critic"):
+        randomised(agent.modules[name])
+    randomised(policy.actor)
+    e = policy.encoder(moto.to_image(torch.as_tensor(image)).repeat(3, 1, 1)[None])
+    q = agent.target(e, policy.actor(e)).min() * (1 - agent.cfg.gamma)
+    assert agent.value_estimate(image) == pytest.approx(float(q), abs=1e-6)
 
 
 def test_rollout_workers_get_what_acts_alone_and_do_not_probe_opengl_again(drawer, monkeypatch):
