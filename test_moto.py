@@ -347,6 +347,13 @@ def test_eq07_penalty_lowers_the_value_and_is_logged(agent):
     assert (lower <= V + 1e-5).all() and lower[0].mean() < V[0].mean() - 0.01
 
 
+def test_eq07_the_mean_disagreement_is_a_running_one(agent):
+    first, second = (agent.update(batch_of(agent.cfg, seed=i))["model/disagreement"]
+                     for i in range(2))
+    assert float(agent.model.disagreement_mean) == pytest.approx(0.99 * first + 0.01 * second)
+    assert first != second
+
+
 @pytest.mark.parametrize("H, hold", [(3, 2), (2, 3), (2, 1), (0, 2)])
 def test_eq08_imagination_holds_a_decision_for_k_steps(H, hold):
     """The correction is decided at every k-th state and kept; the behaviour prior is read anew at
@@ -389,6 +396,26 @@ def test_eq09_value_expansion_against_a_naive_loop(lam, H):
         left = H - i
         mixed = sum((1 - lam) * lam ** (n - 1) * n_step(i, n) for n in range(1, left))
         torch.testing.assert_close(V[i], mixed + lam ** max(left - 1, 0) * n_step(i, left))
+
+
+def test_eq09_expand_against_a_naive_loop_over_single_steps():
+    """With lam 1: all H k penalised rewards, discounted by gamma and the continuation, then Q; V^j
+    begins at the j-th decision."""
+    agent, (H, k) = online_agent(critics=1, lam=1.0, gamma=0.9, alpha=0.5), (3, 2)
+    for name in ("actor", "target", "model"):
+        randomised(agent.modules[name])
+    agent.model.disagreement_mean.fill_(0.3)
+    V, imagined, _ = agent.expand(torch.randn(5, 22), torch.rand(5, 16) * 2 - 1)
+    feat, u = imagined["feat"], imagined["u"]
+    assert V.shape == (H + 1, 5)
+    for j, n in itertools.product(range(H + 1), range(5)):
+        total, product = 0.0, 1.0
+        for i in range(j * k, H * k):
+            r = agent.model.expected_reward(feat[i + 1, n])
+            total = total + product * (r - 0.5 * max(0, u[i, n] / 0.3 - 1))
+            product = product * 0.9 * agent.model.expected_continuation(feat[i + 1, n])
+        q = agent.target(imagined["e"][-1, n, None], imagined["d"][-1, n, None]).squeeze()
+        torch.testing.assert_close(V[j, n], total + product * q)
 
 
 def test_eq09_accumulate_makes_one_step_of_a_decision():
@@ -480,21 +507,21 @@ def test_eq11_the_smaller_of_two_different_critics_is_drawn(monkeypatch):
     torch.testing.assert_close(critic.smaller_of_two(torch.rand(6, 16), d), -d[:, 0].abs())
 
 
-def critic_batch(agent, seed=0):
+def critic_batch(agent):
     """Features and states of T' = 4 steps, and the rest of a prepared batch, for critic_terms."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     batch = batch_of(agent.cfg)
     batch["is_first"][1, 4] = batch["is_first"][2, 3] = True
     batch["is_terminal"][1, 3] = 1
-    e, later = agent.encode_frames(agent.encoder, agent.prepare_batch(batch), 0)
-    return torch.randn(4, 4, 22), e.detach(), later
+    later = agent.encode_frames(agent.encoder, agent.prepare_batch(batch), 0)[1]
+    return torch.randn(4, 4, 22), torch.rand(4, 4, 16) * 2 - 1, later
 
 
 def test_eq11_critic_terms_against_a_naive_loop():
     """With one critic and no imagination: y_t = r_{t+1} + gamma r_{t+2} + gamma^2 Q'(e_{t+2})."""
     agent = online_agent(horizon=0, critics=1, gamma=0.9, bound=0.5)
-    randomised(agent.actor)
-    randomised(agent.target)
+    for module in (agent.actor, agent.critic, agent.target, agent.ema_policy.prior):
+        randomised(module)
     feat, e, later = critic_batch(agent)
     a, r, policy, terms = later["a"], later["r"], agent.ema_policy, []
     Q = lambda critic, e, d: critic(e[None], d[None]).squeeze()
@@ -568,6 +595,11 @@ def test_eq13_only_offline_actions_are_cloned_and_none_across_an_episode_boundar
     assert nll() != 0
     assert nll(is_first=torch.ones(4, 6, dtype=torch.bool)) == 0
     assert name not in online_agent().update(batch)
+
+
+def test_eq13_cloning_sees_shifted_images():
+    nll = lambda shift: tiny_agent(shift=shift).update(batch_of(tiny()))["prior/behaviour_nll"]
+    assert nll(3) != nll(0)
 
 
 def test_eq14_actor_loss_and_its_limits():
