@@ -2871,14 +2871,14 @@ def test_kitchen_from_the_command_line(tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 def test_moto_beats_its_own_behaviour_prior(tmp_path):
-    """The demonstrator dawdles, and so does its clone. Fine-tuned through the model, the policy is
+    """The demonstrator dawdles, and so does its clone. Corrected through the model, the policy is
     there sooner."""
     common = dict(
         data=dot_episodes(tmp_path / "data", 12, speed=0.3, noise=0.3), batch=8, length=8,
-        channels=8, deter=64, stoch=8, hidden=64, horizon=5, offline_updates=200,
+        channels=8, deter=64, stoch=8, hidden=64, critics=5, bound=0.5, offline_updates=200,
         online_episodes=16, updates_per_episode=15, final_episodes=50, save_every=1000,
-        model_lr=3e-3, actor_lr=1e-3, critic_lr=2e-3, gamma=0.9, beta=0.02, log_every=50,
-        reward_head="bernoulli", bc_repr_weight=1.0)
+        model_lr=3e-3, actor_lr=1e-3, critic_lr=2e-3, gamma=0.9, log_every=50,
+        reward_head="bernoulli")
     scores = {}
     for name, own in (("prior", {"variant": "bc", "offline_updates": 440}), ("moto", {})):
         assert moto.main(tiny_flags(**(common | own), logdir=tmp_path / name)) == 0
