@@ -899,7 +899,7 @@ def test_the_fast_forms_agree_with_the_plain_one(precision, compiled, tolerance)
     rounding, bfloat16 keeps 8 bits."""
     import torch._inductor
     sizes = dict(hidden=32, deter=32, horizon=1, hold=1, length=4,       # compiling unrolls steps
-                 offline_updates=1, warmup=0)
+                 offline_updates=1, warmup=0, critic_lr=3e-4)
     plain, step = after_updates(tiny(precision="float32", **sizes))
     with torch._inductor.config.patch(fallback_random=True):  # the same random numbers as eager
         fast, fast_step = after_updates(tiny(precision=precision, **sizes), compiled)
@@ -2875,16 +2875,18 @@ def test_moto_beats_its_own_behaviour_prior(tmp_path):
     there sooner."""
     common = dict(
         data=dot_episodes(tmp_path / "data", 12, speed=0.3, noise=0.3), batch=8, length=8,
-        channels=8, deter=64, stoch=8, hidden=64, critics=5, bound=0.5, offline_updates=200,
-        online_episodes=16, updates_per_episode=15, final_episodes=50, save_every=1000,
-        model_lr=3e-3, actor_lr=1e-3, critic_lr=2e-3, gamma=0.9, log_every=50,
+        channels=8, deter=64, stoch=8, hidden=64, critics=5, bound=0.3, horizon=1, warmup=6,
+        offline_updates=200, online_episodes=16, updates_per_episode=25, final_episodes=50,
+        save_every=1000, model_lr=3e-3, actor_lr=1e-3, critic_lr=2e-3, gamma=0.9, log_every=50,
         reward_head="bernoulli")
     scores = {}
-    for name, own in (("prior", {"variant": "bc", "offline_updates": 440}), ("moto", {})):
+    prior = dict(variant="bc", offline_updates=600, online_episodes=0)
+    for name, own in (("prior", prior), ("moto", {})):
         assert moto.main(tiny_flags(**(common | own), logdir=tmp_path / name)) == 0
         scores[name] = read_json(tmp_path / name / "result.json")
     assert scores["moto"]["final_success"] >= 0.8, scores
-    assert scores["moto"]["final_return"] >= 1.25 * scores["prior"]["final_return"] > 0, scores
+    before = max(scores["prior"]["final_return"], scores["moto"]["offline_return"])
+    assert scores["moto"]["final_return"] >= 1.15 * before > 0, scores
 
 
 @pytest.mark.parametrize("variant", ["bc", "iql", "cql"])
