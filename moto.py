@@ -40,7 +40,7 @@ Sharp edges are marked "SHARP"; departures from the paper "DEPARTURE" (README li
 """
 import argparse, contextlib, copy, dataclasses, difflib, functools, hashlib, importlib.metadata
 import importlib.util, inspect, json, math, multiprocessing, os, platform, signal
-import subprocess, sys, threading, time, warnings
+import subprocess, sys, threading, time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,7 +105,6 @@ class Config:
                       "correction alone, without the behaviour prior", "[0, inf)")
     noise: float = opt(0.4, "std of the noise on online corrections, in units of c", "[0, inf)")
     warmup: int = opt(15, "online episodes before the actor learns", "[0, inf)")
-    min_std: float = opt(0.05, "smallest standard deviation of the prior (DEPARTURE)", "(0, inf)")
     shift: int = opt(3, "random shifts of images in cloning, in pixels [DrQ: 4 of 84]", "[0, inf)")
     target_rate: float = opt(0.02, "Eq 12: step of the target critics to the critics", "[0, 1]")
     ema_rate: float = opt(0.005, "smallest step of the averaged weights (DEPARTURE)", "[0, 1]")
@@ -125,6 +124,7 @@ class Config:
 DEMO_TAIL = 10              # agent steps that a demonstration goes on after its first success
 FRAMES = 3                  # images that the feature e sees [paper's baselines: 3]
 GRAD_CLIP = 100.0           # largest norm of each optimiser's gradient [DreamerV2: 100]
+MIN_STD = 0.05              # smallest standard deviation of the behaviour prior
 KL_BALANCE = 0.8            # w, Eq 5: the prior's share of the KL [DreamerV2: 0.8]
 
 PRESETS = {
@@ -292,16 +292,16 @@ class StackEncoder(nn.Sequential):
 
 
 class GaussianActor(nn.Module):
-    """Feature (..., E) -> TanhNormal over actions (..., A), min_std < std < 2 + min_std. As the
+    """Feature (..., E) -> TanhNormal over actions (..., A), MIN_STD < std < 2 + MIN_STD. As the
     behaviour prior it is b; the model-free baselines learn with it, too."""
 
     def __init__(self, cfg, action_size):
         super().__init__()
-        self.min_std, self.net = cfg.min_std, mlp(cfg.hidden, cfg.hidden, 2 * action_size)
+        self.net = mlp(cfg.hidden, cfg.hidden, 2 * action_size)
 
     def forward(self, e):
         mean, raw = self.net(e).float().chunk(2, -1)
-        return TanhNormal(mean, 2 * torch.sigmoid(raw / 2) + self.min_std)
+        return TanhNormal(mean, 2 * torch.sigmoid(raw / 2) + MIN_STD)
 
 
 class Actor(nn.Module):
@@ -1144,124 +1144,6 @@ def sample_batch(cfg, rng, replay):
 # and max_demo_reward (the largest reward that a demonstration may contain). It may have
 # score(rewards) -> dict, beside the success rate, and draw(run, path) -> dict, its own picture.
 
-def choose_gl():
-    """Set MUJOCO_GL before mujoco is imported: as the user wants it, else EGL, else OSMesa. Returns
-    "", or, where nothing works, a sentence with cause and remedy."""
-    if not sys.platform.startswith("linux") or "mujoco" in sys.modules or worker:
-        return ""
-    trial = ("import mujoco; "
-             "mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8).close()")
-    wished = os.environ.get("MUJOCO_GL")
-    for backend in [wished] if wished else ["egl", "osmesa"]:
-        env = os.environ | {"MUJOCO_GL": backend}         # in a child: a failed import stays failed
-        done = subprocess.run([sys.executable, "-c", trial], env=env, capture_output=True)
-        if done.returncode == 0:
-            os.environ["MUJOCO_GL"] = backend
-            return ""
-    return ("MuJoCo cannot render: unset MUJOCO_GL and PYOPENGL_PLATFORM, or install an OpenGL "
-            "backend (Debian, Ubuntu: apt-get install libegl1 libgl1-mesa-dri, or libosmesa6)")
-
-
-def nearest(name, known):
-    """A hint for an error message: the names nearest to a wrong one, or all of them."""
-    near = difflib.get_close_matches(name, known, 3, 0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(known)}"
-
-
-def need(package, command):
-    """Raise UserError where a simulator's package or OpenGL is missing."""
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"{package} is not installed; {command}")
-    if trouble := choose_gl():
-        raise UserError(trouble)
-
-
-class Camera:
-    """Images (P, P, 3) uint8 of a MuJoCo scene; `view`: azimuth, elevation (degrees), distance,
-    lookat (m).
-
-    DEPARTURE: no shadows, multisampling and reflections, which are slow in software. Instead each
-    pixel is the mean of 2 x 2 rendered ones, which locates a hand to fractions of a pixel."""
-    finer = 2
-
-    def __init__(self, cfg, model, data, view):
-        import mujoco
-        self.data, self.view = data, view
-        quality = model.vis.quality
-        quality.shadowsize = quality.offsamples = 0       # SHARP: before the renderer is built
-        side = self.finer * cfg.image_size
-        self.renderer = mujoco.Renderer(model, side, side)
-        self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        self.free = mujoco.MjvCamera()
-        for name, value in view.items():
-            setattr(self.free, name, value)
-        self.close = self.renderer.close
-
-    def describe(self):
-        """All that decides what an image looks like."""
-        from OpenGL import GL
-        self.render()                                     # makes its own OpenGL context current
-        return {"renderer": GL.glGetString(GL.GL_RENDERER).decode(), "camera": self.view,
-                "supersampling": self.finer, "mujoco": importlib.metadata.version("mujoco")}
-
-    def render(self):
-        self.renderer.update_scene(self.data, self.free)
-        image, n = self.renderer.render().astype(np.uint16), self.finer
-        total = sum(image[i::n, j::n] for i in range(n) for j in range(n))
-        return (total / n ** 2).round().astype(np.uint8)
-
-
-class MetaWorld:
-    """A Meta-World task seen through the authors' camera, by their baselines' protocol: sparse
-    reward (1 while `success` holds), action repeat, new object and goal positions at each reset,
-    jittered hand, ten zero actions, no early termination."""
-    action_size, terminates, max_demo_reward = 4, False, 1
-    view = {"azimuth": 15, "elevation": -22.5, "distance": 0.75, "lookat": [-0.15, 0.65, 0.25]}
-
-    def __init__(self, cfg):
-        need("metaworld", "pip install -r requirements.txt")
-        from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as tasks
-        from metaworld.policies import ENV_POLICY_MAP as policies
-        names = sorted(name.removesuffix("-v3-goal-observable") for name in tasks)
-        if cfg.task not in names:
-            hint = nearest(cfg.task, [*names, *KITCHENS])
-            raise UserError(f"unknown task {cfg.task!r}; {hint}, or gym:ENV_ID")
-        warnings.filterwarnings("ignore", "Constant")     # scripted actions leave [-1, 1]: clipped
-        self.env = tasks[f"{cfg.task}-v3-goal-observable"](seed=0)
-        self.env.seeded_rand_vec, self.env._freeze_rand_vec = True, False
-        self.policy_class, self.repeat = policies[f"{cfg.task}-v3"], cfg.action_repeat
-        most = (self.env.max_path_length - 10) // cfg.action_repeat
-        if cfg.episode_steps > most:
-            raise UserError(f"--episode-steps is {cfg.episode_steps} but Meta-World allows at most "
-                            f"{most}")
-        self.camera = Camera(cfg, self.env.model, self.env.data, self.view)
-        self.render, self.close = self.camera.render, self.camera.close
-
-    def describe(self):
-        return self.camera.describe() | {"metaworld": importlib.metadata.version("metaworld")}
-
-    def reset(self, seed):
-        rng = np.random.default_rng(seed)
-        self.env.seed(int(rng.integers(2 ** 31)))         # SHARP: reset(seed=...) is ignored
-        self.env.hand_init_pos = np.array([0.1, 0.5, 0.3]) + 0.02 * rng.standard_normal(3)
-        self.env.reset()
-        for _ in range(10):
-            self.observation, *_ = self.env.step(np.zeros(4, np.float32))
-        self.policy = self.policy_class()
-        return self.render()
-
-    def step(self, action):
-        for _ in range(self.repeat):
-            self.observation, _, _, _, info = self.env.step(np.asarray(action, np.float32))
-        self.demonstrated = success = bool(info["success"])
-        return self.render(), float(success), False, False, success
-
-    def scripted_action(self):
-        """The scripted policy's action for the present state, clipped (4,)."""
-        observation = self.observation.copy()             # SHARP: door-open's edits its input
-        return np.clip(self.policy.get_action(observation), -1, 1)
-
-
 def extra(name):
     """The module experiments/<name>.py; a run's folder has a copy beside its moto.py."""
     here = Path(__file__).resolve().parent
@@ -1271,10 +1153,12 @@ def extra(name):
 
 
 def make_env(cfg):
-    """Meta-World, or what experiments/ has for the task."""
+    """The task's environment, from experiments/."""
     if cfg.task.startswith("gym:"):
         return extra("gym_task").GymTask(cfg)
-    return extra("franka_kitchen").Kitchen(cfg) if cfg.task in KITCHENS else MetaWorld(cfg)
+    if cfg.task in KITCHENS:
+        return extra("franka_kitchen").Kitchen(cfg)
+    return extra("meta_world").MetaWorld(cfg)
 
 
 def episode_seed(cfg, stream, index):
@@ -1483,20 +1367,6 @@ def machine(device):
     return f"{cores()} cores of {name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def gpu_memory_gb(device):
-    """The most GPU memory that tensors held at once, in GiB; zero on a CPU."""
-    used = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else 0
-    return round(used / 2 ** 30, 2)
-
-
-def peak_memory_gb():
-    """The largest resident memory this process ever had, in GiB; None on Windows."""
-    with contextlib.suppress(ImportError):
-        import resource
-        unit = 2 ** 20 if sys.platform.startswith("linux") else 2 ** 30
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
-
-
 # ---- A run: its folder, its state, its checkpoint ------------------------------------------------
 
 @contextlib.contextmanager
@@ -1688,7 +1558,8 @@ class Run:
         write_json(self.dir / "config.json", {
             "config": dataclasses.asdict(self.cfg), "versions": versions, "git": commit,
             "device": machine(self.cfg.device), "environment": self.env.describe()})
-        for part in MOTO, type(self.agent), type(self.env):
+        camera = getattr(self.env, "camera", self.env)
+        for part in MOTO, type(self.agent), type(self.env), type(camera):
             with contextlib.suppress(OSError, TypeError):              # of a notebook's cell
                 source = Path(inspect.getfile(part))
                 write_atomically(self.dir / source.name, lambda f: f.write(source.read_bytes()))
@@ -1795,56 +1666,13 @@ def finetune(run):
     run.save()
 
 
-# ---- Pictures of a run ---------------------------------------------------------------------------
-
-def as_sequence(agent, episode):
-    """An episode as one sequence for WorldModel.observe: x (1, T, 3, P, P), a (1, T, A), is_first
-    (1, T)."""
-    image = torch.as_tensor(np.stack(episode["image"]), device=agent.device)
-    a = np.stack([np.zeros_like(episode["action"][0]), *episode["action"]])
-    is_first = torch.arange(len(image), device=agent.device)[None] == 0
-    return to_image(image)[None], torch.as_tensor(a, device=agent.device)[None], is_first
-
-
-@torch.no_grad()
-def open_loop(agent, episode, seen, steps):
-    """Filter the first `seen` images, then predict `steps` more from the actions alone.
-
-    Returns the true and the model's images, uint8 (T, P, P, 3), disagreement u (T,) in units of its
-    mean on the data (zero where images are seen) and predicted reward (T,). In each step z is the
-    mean of the K means."""
-    model, (x, a, is_first) = agent.model, as_sequence(agent, episode)
-    T = min(seen + steps, x.shape[1])
-    h, z, *_ = (v[0] for v in model.observe(x[:, :seen], a[:, :seen], is_first[:, :seen]))
-    feats, u = [torch.cat([h, z], -1)], [torch.zeros(seen)]
-    h, z = h[-1:], z[-1:]
-    for t in range(seen, T):
-        h = model.recurrence(h, z, a[:, t])
-        means, _ = model.prior(h)
-        z = means.mean(0)
-        feats.append(torch.cat([h, z], -1))
-        u.append((disagreement(means) / (model.disagreement_mean or 1)).cpu())
-    feats = torch.cat(feats)
-    reward = model.expected_reward(feats).cpu().numpy()
-    return to_uint8(x[0, :T]), to_uint8(model.decoder(feats)), torch.cat(u).numpy(), reward
-
-
-def figure(width, height, *shape, **kwargs):
-    """A matplotlib figure (inches) and its axes, without pyplot: no window, no global state."""
-    from matplotlib.figure import Figure
-    fig = Figure((width, height), layout="constrained")
-    return fig, fig.subplots(*shape, **kwargs)
-
-
-def save_figure(fig, path):
-    write_atomically(path, lambda file: fig.savefig(file, format="png", dpi=100))
-
-
-def running_mean(values, width=10):
-    return [np.mean(values[max(0, i + 1 - width):i + 1]) for i in range(len(values))]
-
-
 # ---- Command line --------------------------------------------------------------------------------
+
+def nearest(name, known):
+    """A hint for an error message: the names nearest to a wrong one, or all of them."""
+    near = difflib.get_close_matches(name, known, 3, 0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(known)}"
+
 
 def add_config_flags(parser):
     """Give an argparse parser one flag per field of Config. The parser's argument_default is
@@ -1987,8 +1815,7 @@ def finish(run):
         "task": cfg.task, "variant": cfg.variant, "seed": cfg.seed, "preset": cfg.preset, **scores,
         "eval_episodes": final["episodes"], "updates": state["updates"],
         "env_steps": state["env_steps"], "device": cfg.device,
-        "wall_seconds": seconds | {"total": round(sum(seconds.values()), 1)},
-        "peak_memory_gb": peak_memory_gb(), "gpu_memory_gb": gpu_memory_gb(cfg.device)})
+        "wall_seconds": seconds | {"total": round(sum(seconds.values()), 1)}})
     print(f"success offline {offline['success']:.0%}, final {final['success']:.0%} (over "
           f"{final['episodes']} fresh episodes) in {sum(seconds.values()) / 60:.1f} minutes; "
           f"pictures and weights: {run.dir}")

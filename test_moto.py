@@ -20,7 +20,7 @@ if getattr(moto, "__file__", None) != str(HERE / "moto.py"):         # or it is 
     moto = sys.modules["moto"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(moto)
 sys.path.insert(0, str(HERE / "experiments"))
-import baselines, bench, franka_kitchen, gym_task, pictures, reproduce
+import baselines, bench, franka_kitchen, gym_task, meta_world, pictures, reproduce
 
 TINY = dict(
     task="gym:test/Dot-v0", device="cpu", precision="float32", workers=1, image_size=16,
@@ -603,7 +603,7 @@ def test_eq13_cloning_sees_shifted_images():
 
 
 def test_eq14_actor_loss_and_its_limits():
-    q, d, beta = torch.randn(3, 6), torch.randn(6, 2), 0.7
+    q, d = torch.randn(3, 6), torch.randn(6, 2)
     expected = -q.mean() / q.abs().mean() + 0.7 * (d ** 2).sum() / 6
     torch.testing.assert_close(moto.actor_loss(q, d, 0.7), expected)
     torch.testing.assert_close(moto.actor_loss(q, d, 0.0), -q.mean() / q.abs().mean())
@@ -2184,7 +2184,6 @@ sys.exit(moto.main(sys.argv[2:]) or t.reproduce.main([sys.argv[1] + "/run"]))
     for name in ("curve.png", "curves.png"):
         assert (f"note: no {name}" in done.stderr) == broken
     assert "| moto | 0 |" in done.stdout
-    assert read_json(folder / "result.json")["peak_memory_gb"] is None
 
 
 def raising(error):
@@ -2385,7 +2384,7 @@ def test_rollout_workers_get_what_acts_alone_and_do_not_probe_opengl_again(drawe
     monkeypatch.setattr(subprocess, "run", raising(AssertionError("an interpreter was started")))
     monkeypatch.delitem(sys.modules, "mujoco", raising=False)
     monkeypatch.setitem(moto.worker, "cfg", tiny())
-    assert moto.choose_gl() == ""
+    assert meta_world.choose_gl() == ""
 
 
 def test_a_stop_between_two_lines_of_metrics_loses_none_of_their_means(

@@ -13,6 +13,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import moto
+import pictures
 
 HERE, SEEN, FRAMES = Path(__file__).resolve().parent, 5, 80
 
@@ -24,7 +25,7 @@ def pair(folder):
     played = (moto.rollout(run.cfg, run.env, run.agent.ema_policy, seed) for seed in seeds)
     episode = next(episode for episode in played if episode["success"])
     steps = min(len(episode["reward"]), int(np.argmax(episode["reward"])) + 12)
-    truth, model, *_ = moto.open_loop(run.agent, episode, SEEN, steps - SEEN)
+    truth, model, *_ = pictures.open_loop(run.agent, episode, SEEN, steps - SEEN)
     run.close()
     shown = np.linspace(0, len(truth) - 1, FRAMES).astype(int)
     return np.concatenate([truth, model], 2)[shown].repeat(3, 1).repeat(3, 2)
@@ -34,6 +35,6 @@ if __name__ == "__main__":
     folders = sys.argv[1:] or sorted(HERE.glob("agents/*"))
     frames = np.concatenate([pair(folder) for folder in folders], 2)
     colours = Image.fromarray(np.concatenate(frames[::8])).quantize(128)
-    pictures = [Image.fromarray(frame).quantize(palette=colours, dither=0) for frame in frames]
-    pictures[0].save(HERE / "figures/agents.gif", save_all=True, append_images=pictures[1:],
+    images = [Image.fromarray(frame).quantize(palette=colours, dither=0) for frame in frames]
+    images[0].save(HERE / "figures/agents.gif", save_all=True, append_images=images[1:],
                      duration=[80] * (FRAMES - 1) + [1500], loop=0)

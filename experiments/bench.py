@@ -10,6 +10,7 @@ in `form`.
 Axes and letters as in moto.py.
 """
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -57,6 +58,20 @@ def measured_peak(cfg):
     calls = {n: (lambda m: lambda: m @ m)(m) for n, m in squares.items()}
     medians(calls, 3, cfg.device)
     return max(2 * n ** 3 / seconds for n, seconds in medians(calls, 15, cfg.device).items())
+
+
+def gpu_memory_gb(device):
+    """The most GPU memory that tensors held at once, in GiB; zero on a CPU."""
+    used = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else 0
+    return round(used / 2 ** 30, 2)
+
+
+def peak_memory_gb():
+    """The largest resident memory this process ever had, in GiB; None on Windows."""
+    with contextlib.suppress(ImportError):
+        import resource
+        unit = 2 ** 20 if sys.platform.startswith("linux") else 2 ** 30
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
 
 
 def synthetic_replay(cfg, episodes):
@@ -188,7 +203,7 @@ def default_env(env):
     if not hasattr(env, "camera"):
         return env.env
     env.camera.close()
-    if not isinstance(env, moto.MetaWorld):
+    if not hasattr(env, "camera"):
         import gymnasium
         default = gymnasium.make("FrankaKitchen-v1", render_mode="rgb_array")
         default.reset(seed=0)
@@ -227,8 +242,8 @@ def bench(cfg):
     learner(cfg)
     result = {"machine": moto.machine(cfg.device), "torch": torch.__version__,
               "threads": torch.get_num_threads(), "preset": cfg.preset, "device": cfg.device,
-              "precision": cfg.precision, "peak_memory_gb": moto.peak_memory_gb(),
-              "gpu_memory_gb": moto.gpu_memory_gb(cfg.device)}
+              "precision": cfg.precision, "peak_memory_gb": peak_memory_gb(),
+              "gpu_memory_gb": gpu_memory_gb(cfg.device)}
     stages = {"forms": bench_forms, "parts": bench_parts, "growth": bench_growth, "env": bench_env}
     for name, stage in tqdm(stages.items(), desc="bench", leave=False):
         result[name] = stage(cfg)

@@ -22,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import moto
+import pictures
 
 
 def auc(positive, negative):
@@ -51,7 +52,7 @@ def disagreements(agent, episode, rng):
     """u (L,) along an episode under three actions at each state: the executed one, a uniform one,
     and the executed one plus another correction within the bound."""
     model, bound = agent.model, agent.cfg.bound
-    x, a, is_first = moto.as_sequence(agent, episode)
+    x, a, is_first = pictures.as_sequence(agent, episode)
     h, z, *_ = (value[0, :-1] for value in model.observe(x, a, is_first))
     executed = a[0, 1:]
     noise = [torch.as_tensor(rng.uniform(-1, 1, executed.shape).astype(np.float32)).to(a.device)

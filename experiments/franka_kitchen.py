@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import meta_world
 import moto
 
 EXTRA = ("pip install gymnasium-robotics==1.4.2 'minari[hdf5,hf]==0.5.4' (the extra for Franka "
@@ -63,7 +64,7 @@ class Kitchen:
              "kitchen-mixed": ("microwave", "kettle", "bottom burner", "light switch")}
 
     def __init__(self, cfg):
-        moto.need("gymnasium_robotics", EXTRA)
+        meta_world.need("gymnasium_robotics", EXTRA)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
             import gymnasium, gymnasium_robotics          # which prints news of other robots
         gymnasium.register_envs(gymnasium_robotics)
@@ -73,7 +74,7 @@ class Kitchen:
                                   remove_task_when_completed=False)
         self.env = self.env.unwrapped                     # our own time limit
         self.model, self.data = self.env.model, self.env.data
-        self.camera = moto.Camera(cfg, self.model, self.data, self.view)
+        self.camera = meta_world.Camera(cfg, self.model, self.data, self.view)
         self.render, self.cfg = self.camera.render, cfg
         self.all_four = False                             # whether scripts do the task's own four
 
@@ -206,7 +207,7 @@ def render_minari(cfg, workers):
     if cfg.task not in Kitchen.tasks:
         raise moto.UserError(f"--data minari: is for {' and '.join(Kitchen.tasks)}; {cfg.task} "
                              "takes a folder of .npz episodes")
-    moto.need("minari", EXTRA)
+    meta_world.need("minari", EXTRA)
     import minari
     name = cfg.data.removeprefix("minari:")
     try:
@@ -254,9 +255,10 @@ def draw_combination(run, path, dreams=64, steps=200):
     differ in the latents drawn, and frames of the most rewarded one. Returns the largest predicted
     reward of each: {"predicted_unseen", "dreamt"}.
     """
+    import pictures
     agent, env = run.agent, run.env
     model, episode = agent.model, env.unseen_episode()
-    x, a, is_first = moto.as_sequence(agent, episode)
+    x, a, is_first = pictures.as_sequence(agent, episode)
     h, z, *_ = (v[0] for v in model.observe(x, a, is_first))
     predicted = model.expected_reward(torch.cat([h, z], -1)).cpu()
     first = (h[:1], z[:1], agent.first_feature(episode["image"][0]))
@@ -265,7 +267,7 @@ def draw_combination(run, path, dreams=64, steps=200):
     dream = moto.imagine(model, policy, policy.actor, *first, steps // hold, hold)["feat"]
     dreamt = model.expected_reward(dream).cpu()           # (steps + 1, dreams)
     best = int(dreamt.amax(0).argmax())
-    fig, axes = moto.figure(13, 8, 4, 1, height_ratios=[1, 1.6, 1, 1.6])
+    fig, axes = pictures.figure(13, 8, 4, 1, height_ratios=[1, 1.6, 1, 1.6])
     for axis, images, title in (
             (axes[0], moto.to_uint8(x[0]),
              "a scripted episode of all four sub-tasks, as no demonstration shows it"),
@@ -286,5 +288,5 @@ def draw_combination(run, path, dreams=64, steps=200):
                      label="the most in any demonstration")
         axis.set(ylim=(-0.3, 4.5), xlabel="agent step")
         axis.legend(fontsize=8, loc="upper left")
-    moto.save_figure(fig, path)
+    pictures.save_figure(fig, path)
     return {"predicted_unseen": float(predicted.max()), "dreamt": float(dreamt.max())}

@@ -8,6 +8,50 @@ import torch
 import moto
 
 
+def as_sequence(agent, episode):
+    """An episode as one sequence for WorldModel.observe: x (1, T, 3, P, P), a (1, T, A), is_first
+    (1, T)."""
+    image = torch.as_tensor(np.stack(episode["image"]), device=agent.device)
+    a = np.stack([np.zeros_like(episode["action"][0]), *episode["action"]])
+    is_first = torch.arange(len(image), device=agent.device)[None] == 0
+    return moto.to_image(image)[None], torch.as_tensor(a, device=agent.device)[None], is_first
+
+
+@torch.no_grad()
+def open_loop(agent, episode, seen, steps):
+    """Filter the first `seen` images, then predict `steps` more from the actions alone.
+
+    Returns the true and the model's images, uint8 (T, P, P, 3), disagreement u (T,) in units of its
+    mean on the data (zero where images are seen) and predicted reward (T,). In each step z is the
+    mean of the K means."""
+    model, (x, a, is_first) = agent.model, as_sequence(agent, episode)
+    T = min(seen + steps, x.shape[1])
+    h, z, *_ = (v[0] for v in model.observe(x[:, :seen], a[:, :seen], is_first[:, :seen]))
+    feats, u = [torch.cat([h, z], -1)], [torch.zeros(seen)]
+    h, z = h[-1:], z[-1:]
+    for t in range(seen, T):
+        h = model.recurrence(h, z, a[:, t])
+        means, _ = model.prior(h)
+        z = means.mean(0)
+        feats.append(torch.cat([h, z], -1))
+        u.append((moto.disagreement(means) / (model.disagreement_mean or 1)).cpu())
+    feats = torch.cat(feats)
+    reward = model.expected_reward(feats).cpu().numpy()
+    truth, predicted = moto.to_uint8(x[0, :T]), moto.to_uint8(model.decoder(feats))
+    return truth, predicted, torch.cat(u).numpy(), reward
+
+
+def figure(width, height, *shape, **kwargs):
+    """A matplotlib figure (inches) and its axes, without pyplot: no window, no global state."""
+    from matplotlib.figure import Figure
+    fig = Figure((width, height), layout="constrained")
+    return fig, fig.subplots(*shape, **kwargs)
+
+
+def save_figure(fig, path):
+    moto.write_atomically(path, lambda file: fig.savefig(file, format="png", dpi=100))
+
+
 def draw_run(run):
     """All pictures of a finished run, into its folder."""
     cfg, agent, folder = run.cfg, run.agent, run.dir
@@ -48,11 +92,11 @@ def draw_prediction(agent, episode, path, steps=44, every=4):
     rewards, L = np.array([0, *episode["reward"]]), len(episode["reward"])
     success = int(rewards.argmax()) if rewards.any() else L
     seen = max(min(success - 2 * steps // 3, L - steps), min(5, L))
-    truth, model, u, reward = moto.open_loop(agent, episode, seen, steps)
+    truth, model, u, reward = open_loop(agent, episode, seen, steps)
     shown = np.arange(max(seen - 5, 0), len(truth), every)
     error = np.abs(truth.astype(int) - model).mean(-1)
     width, extent = max(1.05 * len(shown) + 1, 9), (shown[0] - every / 2, shown[-1] + every / 2)
-    fig, axes = moto.figure(width, 6.2, 4, 1, height_ratios=[1, 1, 1, 1.7], sharex=True)
+    fig, axes = figure(width, 6.2, 4, 1, height_ratios=[1, 1, 1, 1.7], sharex=True)
     for axis, name, images in zip(axes, ("truth", "model", "|error|"), (truth, model, error)):
         strip = np.concatenate(images[shown], 1)
         axis.imshow(strip, "magma", vmin=0, vmax=128, extent=(*extent, 0, 1), aspect="auto")
@@ -68,7 +112,7 @@ def draw_prediction(agent, episode, path, steps=44, every=4):
     axis.set(xticks=shown, xlim=extent, xlabel="agent step (after the white line: no images)")
     axis.legend(fontsize=8, loc="upper left", ncols=4)
     axes[0].set_title("Open-loop video prediction of an episode it was not trained on", fontsize=10)
-    moto.save_figure(fig, path)
+    save_figure(fig, path)
 
 
 @torch.no_grad()
@@ -81,7 +125,7 @@ def write_gif(agent, episodes, path, fps=15):
     for episode in episodes:
         columns.append(np.stack(episode["image"]))
         if isinstance(agent, moto.MOTO):
-            h, z, *_ = agent.model.observe(*moto.as_sequence(agent, episode))
+            h, z, *_ = agent.model.observe(*as_sequence(agent, episode))
             model = agent.model.decoder(torch.cat([h, z], -1)[0])
             columns[-1] = np.concatenate([columns[-1], moto.to_uint8(model)], 1)
     longest = max(map(len, columns))
@@ -89,6 +133,10 @@ def write_gif(agent, episodes, path, fps=15):
     frames = np.concatenate(columns, 2)[:20 + max(ends):2].repeat(2, 1).repeat(2, 2)
     gif = imageio.imwrite("<bytes>", frames, extension=".gif", duration=2000 / fps, loop=0)
     moto.write_atomically(path, lambda file: file.write(gif))
+
+
+def running_mean(values, width=10):
+    return [np.mean(values[max(0, i + 1 - width):i + 1]) for i in range(len(values))]
 
 
 CURVES = {                                                # panel: metric, line, label
@@ -113,10 +161,10 @@ def draw_curve(cfg, rows, path):
     """curve.png of one run: success, estimated and real return, losses, the policy."""
     def column(name):
         return np.array([(r["updates"], r[name]) for r in rows if name in r]).reshape(-1, 2).T
-    fig, axes = moto.figure(11, 7, 2, 2, sharex=True)
+    fig, axes = figure(11, 7, 2, 2, sharex=True)
     x, y = column("episode/success")
     label = "online episodes (sampled; mean of last 10)"
-    axes[0, 0].plot(x, moto.running_mean(y), "-C1", label=label)
+    axes[0, 0].plot(x, running_mean(y), "-C1", label=label)
     for axis, (ylabel, lines) in zip(axes.flat, CURVES.items()):
         for name, line, label in lines:
             x, y = column(name)
@@ -132,4 +180,4 @@ def draw_curve(cfg, rows, path):
     axes[1, 1].set(xlabel="updates")
     fig.suptitle(f"{cfg.task}, {cfg.variant}, seed {cfg.seed} (dotted line: the first online "
                  "episode)")
-    moto.save_figure(fig, path)
+    save_figure(fig, path)

@@ -32,6 +32,7 @@ import torch
 from tqdm import tqdm
 
 from baselines import moto                              # with iql, cql and sac among its variants
+import pictures
 from moto import UserError
 
 EXECUTORS = "process", "slurm", "local"
@@ -163,7 +164,7 @@ def draw_groups(path, tasks, ylabel, value, **limits):
     seeds and a band from the lowest to the highest."""
     columns, colors, handles = min(5, len(tasks)), {}, {}
     lines = math.ceil(len(tasks) / columns)
-    fig, axes = moto.figure(4.4 * columns, 3.6 * lines, lines, columns, squeeze=False, sharey=True)
+    fig, axes = pictures.figure(4.4 * columns, 3.6 * lines, lines, columns, squeeze=False, sharey=True)
     for axis in axes.flat[len(tasks):]:
         axis.set_visible(False)
     for axis in axes[:, 0]:
@@ -186,7 +187,7 @@ def draw_groups(path, tasks, ylabel, value, **limits):
         axis.axhline(0, color="black", lw=0.8)
         axis.grid(alpha=0.3)
     fig.legend(handles.values(), handles, loc="outside lower center", ncols=2 * columns)
-    moto.save_figure(fig, path)
+    pictures.save_figure(fig, path)
     print(f"wrote {path}", file=sys.stderr)
 
 
