@@ -631,12 +631,12 @@ def behaviour_loss(prior, e, a, valid):
 def actor_loss(q, d, beta):
     """Eq 14: raise the critics' value of the correction, stay near the behaviour prior.
 
-        L = -E[Q(e, d)] / E|Q(e, d)| + beta E|d|^2,    d = actor(e)
+        L = -E[Q(e, d)] / E|Q(e, d)| + beta E[d^2],    d = actor(e)
 
-    q (heads, ...), d (..., A). Divided by its own size the value has no scale: beta means the same
-    at any reward, and |d| <= 1 holds the policy within c of the prior whatever the critics say.
-    Sources: TD3+BC for value and behaviour term side by side, and for the division."""
-    return -q.mean() / q.abs().mean().detach().clamp(min=1e-3) + beta * d.square().sum(-1).mean()
+    q (heads, ...), d (..., A), its square averaged over A. Divided by its own size the value has no
+    scale: beta means the same at any reward, and |d| <= 1 holds the policy within c of the prior
+    whatever the critics say. Source: TD3+BC."""
+    return -q.mean() / q.abs().mean().detach().clamp(min=1e-3) + beta * d.square().mean()
 
 
 # ---- Why the penalty is safe, on a table ---------------------------------------------------------
@@ -945,7 +945,7 @@ class MOTO(BC):
         d = self.actor(e)
         q = self.critic(e, d)
         loss = actor_loss(q, d, self.cfg.beta)
-        behaviour = 2 * self.cfg.beta * d.detach() / d[..., 0].numel()
+        behaviour = 2 * self.cfg.beta * d.detach() / d.numel()
         value = torch.autograd.grad(loss, d, retain_graph=True)[0] - behaviour
         return loss, {"actor/value": q.mean().detach() / self.critic.unit,
                       "actor/correction": d.abs().mean().detach(),
@@ -1240,8 +1240,7 @@ def offline_paths(cfg, workers):
 def rollout(cfg, env, policy, seed, sample=False):
     """One episode -> dict of image, action, reward, terminal as on disk, and success (at any step).
 
-    `sample`: latents and actions are drawn, from a generator of the episode's own; else the means.
-    """
+    `sample`: with noise, from a generator of the episode's own; else mean actions."""
     own = int(np.random.SeedSequence(seed).generate_state(1)[0])
     generator = torch.Generator().manual_seed(own) if sample else None
     image, carried = env.reset(seed), None
