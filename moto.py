@@ -6,8 +6,7 @@ from pixels.
     python moto.py --evaluate experiments/agents/drawer-open    # score an agent on fresh episodes
     python moto.py --help                                  # every number, its symbol, its source
 
-experiments/ has the model-free baselines, many runs with their table, the benchmark, and the tasks
-beyond Meta-World: Franka Kitchen and any Gymnasium environment.
+experiments/ has tasks, baselines, pictures, and what runs many runs.
 
 The paper: Rafailov, Hatch, Kolev, Martin, Phielipp, Finn, "MOTO: Offline Pre-training to Online
 Fine-tuning for Model-based Robot Learning", CoRL 2023, arXiv 2401.03306.
@@ -40,7 +39,7 @@ Sharp edges are marked "SHARP"; departures from the paper "DEPARTURE" (README li
 """
 import argparse, contextlib, copy, dataclasses, difflib, functools, hashlib, importlib.metadata
 import importlib.util, inspect, json, math, multiprocessing, os, platform, signal
-import subprocess, sys, threading, time
+import subprocess, sys, threading, time, timeit
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,7 +155,7 @@ VARIANTS = {
     "no-unc": dict(alpha=0.0),
     "no-bc": NO_BC,
     "no-bc-no-unc": NO_BC | dict(alpha=0.0),
-    "dreamerv2": NO_BC | dict(alpha=0.0, imagined=1.0),             # nor real transitions
+    "dreamerv2": NO_BC | dict(alpha=0.0, imagined=1.0, hold=1, horizon=5),    # in imagination alone
     "bc": dict(online_episodes=0),                                  # the behaviour prior alone
 }
 BASELINES = "iql", "cql", "sac"    # experiments/baselines.py adds them to VARIANTS and AGENTS
@@ -226,10 +225,9 @@ def mlp(inputs, hidden, outputs):
 class EnsembleMLP(nn.Module):
     """K separate small networks on one input (N, I) -> (K, N, O), as batched matrix products.
 
-    No weight is shared: the first layer is one wide matrix of which each head owns a block of
-    columns; every further layer (`depth` of them) is a batch of K matrices. The heads differ in
-    their random initialisation, which is why they disagree off the data. `norm`: hidden layers are
-    normalised (LayerNorm without a scale)."""
+    The first layer is one wide matrix of which each head owns a block of columns; each of the
+    `depth` further layers is a batch of K matrices. No weight is shared: the heads differ in their
+    initialisation, which is why they disagree off the data. `norm`: with layer norm."""
 
     def __init__(self, heads, inputs, hidden, outputs, depth=1, norm=False):
         super().__init__()
@@ -842,14 +840,15 @@ class Agent:
                 getattr(self, kind)[name].load_state_dict(part)
 
     def acting_state(self):
-        """All modules in half precision, a sixth of the whole: what acts, dreams and criticises."""
+        """What acts, dreams and criticises, in half precision: a tenth of the whole."""
         def half(module):
             return {name: v.half() if v.ndim else v for name, v in module.state_dict().items()}
-        return {name: half(module) for name, module in self.modules.items()}
+        return {name: half(self.modules[name]) for name in ("ema_policy", "model", "target")
+                if name in self.modules}
 
     def load_acting(self, state):
-        for name, module in self.modules.items():
-            module.load_state_dict(state[name])
+        for name, values in state.items():
+            self.modules[name].load_state_dict(values)
 
 
 def as_numbers(metrics):
@@ -982,11 +981,14 @@ class MOTO(BC):
         y = critic_target(reward, discount, V[0].reshape(reward.shape))
         q = self.critic(e[:, :-k], d)
         on_real = critic_loss(q, y, weight, unit)
-        dreamt = self.critic(imagined["e"][:-1], imagined["d"][:-1])
-        on_imagined = critic_loss(dreamt, V[:-1], torch.ones_like(V[:-1]), unit)
-        metrics |= {"critic/real": on_real.detach(), "critic/imagined": on_imagined.detach(),
-                    "critic/q": q.mean().detach() / unit}
-        return (1 - cfg.imagined) * on_real + cfg.imagined * on_imagined, metrics
+        loss = (1 - cfg.imagined) * on_real
+        metrics |= {"critic/real": on_real.detach(), "critic/q": q.mean().detach() / unit}
+        if cfg.imagined:
+            q = self.critic(imagined["e"][:-1], imagined["d"][:-1])
+            on_imagined = critic_loss(q, V[:-1], torch.ones_like(V[:-1]), unit)
+            loss = loss + cfg.imagined * on_imagined
+            metrics["critic/imagined"] = on_imagined.detach()
+        return loss, metrics
 
     def first_feature(self, image):
         """The feature (1, E) at an episode's first image, uint8 (P, P, 3)."""
@@ -1043,17 +1045,19 @@ def write_json(path, value):
 
 
 def read_metrics(path):
-    """The lines of a metrics.jsonl as dicts, without a half-written last one; a missing file has
-    none."""
-    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """The lines of a metrics.jsonl as dicts, without a half-written last one; [] without a file."""
+    rows = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def save_episode(path, image, action, reward, terminal=False):
     """Write one episode, compressed."""
     write_atomically(path, lambda file: np.savez_compressed(
         file, image=np.asarray(image, np.uint8), action=np.asarray(action, np.float32),
-        reward=np.asarray(reward, np.float32), terminal=np.asarray(terminal, bool)))
+        reward=np.asarray(reward, np.float32), terminal=bool(terminal)))
 
 
 def load_episode(path, image_size, action_size):
@@ -1261,10 +1265,9 @@ def evaluate(cfg, workers, agent, episodes, first=0):
     """Fresh episodes from the evaluation stream -> (result, the first four episodes).
 
     result: `success`, the share of episodes with any successful step; `return`, the discounted sum
-    of rewards up to the time limit; `infinite_horizon_return`, the same as if the last reward went
-    on for ever; and `value_estimate`, what the critics, who know no time limit, expected of that at
-    the first image (the penalty taken off), all three in units of 1 / (1 - gamma); `episodes`; for
-    Franka Kitchen also Kitchen.score."""
+    of rewards up to the time limit; `infinite_horizon_return`, as if the last reward went on for
+    ever; `value_estimate`, what the critics expected of that at the first image, all three in units
+    of 1 / (1 - gamma); `episodes`; and what the environment's own score adds."""
     rows, values, rewards, videos, gamma = [], [], [], [], cfg.gamma
     seeds = [episode_seed(cfg, "evaluation", first + index) for index in range(episodes)]
     played = workers.play(agent.ema_policy, seeds, sample=False)
@@ -1745,15 +1748,11 @@ def build_config(**given):
 @functools.cache
 def bfloat16_pays():
     """Whether this processor multiplies matrices clearly faster in bfloat16 than in float32, by a
-    trial of a fifth of a second: some have the instructions and are slower with them."""
-    squares = [torch.ones(512, 512, dtype=kind) for kind in (torch.bfloat16, torch.float32)]
-    seconds = []
-    for _ in range(9):                                    # taking turns
-        for square in squares:
-            started = time.perf_counter()
-            square @ square
-            seconds.append(time.perf_counter() - started)
-    return np.median(seconds[5::2]) > 1.3 * np.median(seconds[4::2])
+    trial of a tenth of a second: some have the instructions and are slower with them."""
+    def seconds(kind):
+        square = torch.ones(512, 512, dtype=kind)
+        return min(timeit.repeat(lambda: square @ square, number=1, repeat=9))
+    return seconds(torch.float32) > 1.3 * seconds(torch.bfloat16)
 
 
 def run_name(task, variant, seed):

@@ -556,7 +556,7 @@ def test_eq11_imagined_is_the_share_of_imagined_transitions(share):
     on_imagined = ((q - V[:-1]) * (1 - agent.cfg.gamma)).square().sum(0).mean()
     torch.manual_seed(1)
     loss, metrics = agent.critic_terms(feat, e, later)
-    torch.testing.assert_close(metrics["critic/imagined"], on_imagined.detach())
+    assert ("critic/imagined" in metrics) == (share > 0)
     mixed = (1 - share) * metrics["critic/real"] + share * on_imagined
     torch.testing.assert_close(loss, mixed)
     torch.manual_seed(1)
@@ -843,12 +843,13 @@ def test_what_sets_a_variant_apart_changes_the_update_and_the_rest_is_one_method
         for _ in range(3):                                    # two of them online
             agent.update(batch_of(agent.cfg))
         return snapshot(agent)
-    defaults = {name: getattr(moto.Config, name) for name in ("beta", "bound", "imagined")}
+    defaults = {name: getattr(tiny(), name) for name in moto.VARIANTS["dreamerv2"]}
     whole = after()
     for name in ("no-unc", "no-bc", "no-bc-no-unc", "dreamerv2"):
-        mine, restored = after(name), after(name, alpha=50.0, **defaults)
+        mine, restored = after(name), after(name, **defaults | {"alpha": 50.0})
         equal = {n for n in whole if torch.equal(mine[n], whole[n])}
-        assert equal == {"encoder", "prior", "model"}, name
+        draws = name == "dreamerv2"                           # others, in another horizon
+        assert equal == {"encoder", "prior", *["model"] * (not draws)}, name
         assert all(torch.equal(restored[n], whole[n]) for n in whole), name
 
 
@@ -1572,7 +1573,7 @@ def test_the_command_that_evaluates_and_the_one_that_shows_runs(finished, capsys
 @pytest.mark.parametrize("panels", [1, 2, 7])
 def test_the_legend_of_all_variants_fits_beneath_the_panels(tmp_path, monkeypatch, panels):
     drawn = []
-    monkeypatch.setattr(moto, "save_figure", lambda fig, path: drawn.append(fig))
+    monkeypatch.setattr(pictures, "save_figure", lambda fig, path: drawn.append(fig))
     groups = {variant: [({}, {0: {}, 100: {}})] for variant in moto.VARIANTS}
     tasks = {f"task {n}": groups for n in range(panels)}
     reproduce.draw_groups(tmp_path / "curves.png", tasks, "success", lambda row: 0.5)

@@ -85,7 +85,8 @@ class IQL(moto.Agent):
     def value_estimate(self, image):
         """The critics' value estimate at an episode's first image (P, P, 3), times 1 - gamma."""
         a, (frames, *_) = self.ema_policy.act(image)
-        feat, a = self.encoder(torch.cat(frames, 1)), torch.as_tensor(a, device=self.device)[None]
+        feat = self.ema_policy.encoder(torch.cat(frames, 1))
+        a = torch.as_tensor(a, device=self.device)[None]
         return float(self.target(feat, a).min() / self.target.unit)
 
 
@@ -164,7 +165,8 @@ class CQL(moto.Agent):
     def value_estimate(self, image):
         """The critics' value estimate at an episode's first image (P, P, 3), times 1 - gamma."""
         a, (frames, *_) = self.ema_policy.act(image)
-        feat, a = self.encoder(torch.cat(frames, 1)), torch.as_tensor(a, device=self.device)[None]
+        feat = self.ema_policy.encoder(torch.cat(frames, 1))
+        a = torch.as_tensor(a, device=self.device)[None]
         return float(self.target(feat, a).min() / self.target.unit)
 
 
