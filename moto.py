@@ -694,20 +694,6 @@ def random_shift(image, pixels):
     return image[each, rows[:, :, None], columns[:, None, :]]
 
 
-@contextlib.contextmanager
-def frozen(*modules):
-    """Inside, these modules pass gradients on to their inputs but collect none for their
-    parameters. A parameter that was frozen before stays frozen afterwards."""
-    learning = [p for module in modules for p in module.parameters() if p.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
-
-
 class Policy(nn.Module):
     """What acts: encoder, prior and (in MOTO) actor, as exponential moving averages of the trained
     weights (DEPARTURE): a single update on a small batch moves the hand by the millimetres that
@@ -887,9 +873,7 @@ class BC(Agent):
 
 class MOTO(BC):
     """Behaviour prior, world model, critics, actor, and the one `update` that both phases share.
-
-    `compiled`: model_terms and critic_terms go through torch.compile (with CUDA graphs on a GPU).
-    """
+    `compiled`: its two larger parts go through torch.compile (with CUDA graphs on a GPU)."""
 
     def __init__(self, cfg, action_size, terminates, device, compiled=False):
         Agent.__init__(self, cfg, device)
@@ -927,9 +911,9 @@ class MOTO(BC):
         metrics |= more | self.step(loss, "critic")
         update_target(self.target, self.critic, cfg.target_rate)
         if online >= cfg.warmup * cfg.updates_per_episode:
-            with frozen(self.critic), self.autocast():
+            with self.autocast():
                 loss, more = self.actor_terms(e)
-            metrics |= more | self.step(loss, "actor")
+            metrics |= more | self.step(loss, "actor")                 # the critics do not move
         if online >= 0:
             self.ema_policy.update_ema(actor=self.actor)
         return as_numbers(metrics)

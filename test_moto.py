@@ -734,7 +734,9 @@ def test_each_loss_reaches_and_moves_its_own_parameters_and_no_others(online, ex
         after = snapshot(agent)
         reached = {n for n, module in agent.modules.items()
                    if any(p.grad is not None for p in module.parameters())}
-        assert {n for n in before if not torch.equal(before[n], after[n])} == reached == set(names)
+        passed = {"critic"} if names == ("actor",) else set()     # on the way to the actor
+        assert {n for n in before if not torch.equal(before[n], after[n])} == set(names)
+        assert reached == {*names, *passed}
         assert all(norms[f"grad/{name}"] > 0 for name in names)
         seen.append(names)
         return norms
@@ -2349,7 +2351,7 @@ def test_a_users_gl_setting_that_does_not_work_is_named_as_the_cause(tmp_path, n
 def test_frozen_leaves_what_was_frozen_before(agent):
     mine = agent.model.decoder.inp
     mine.requires_grad_(False)
-    with moto.frozen(agent.model):
+    with baselines.frozen(agent.model):
         assert not any(p.requires_grad for p in agent.model.parameters())
     assert not any(p.requires_grad for p in mine.parameters())
     assert agent.model.encoder.out.weight.requires_grad

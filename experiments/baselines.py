@@ -12,6 +12,7 @@ to moto.py: an algorithm of your own is added in the same way.
 
 Axes and letters as in moto.py. T' = T - frames + 1: steps whose stack of images is complete.
 """
+import contextlib
 import copy
 import math
 import sys
@@ -22,6 +23,20 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import moto
+
+
+@contextlib.contextmanager
+def frozen(*modules):
+    """Inside, these modules pass gradients on to their inputs but collect none for their
+    parameters. A parameter that was frozen before stays frozen afterwards."""
+    learning = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 def expectile_loss(error, expectile, weight):
@@ -138,7 +153,7 @@ class CQL(moto.Agent):
         if self.cql_weight:
             gap = sum(moto.weighted_mean(others - data, valid)                # in `critic`'s unit
                       for others, data in zip(self.integral(feat, policy), q)) / unit ** 2
-        with moto.frozen(self.critic):
+        with frozen(self.critic):
             q_policy = self.critic(feat_sg, policy_action).min(0).values
         actor = (log_tau.exp().detach() * logp - q_policy).mean() / unit
         balance = -log_tau * (logp.detach() - a.shape[-1]).mean()
