@@ -20,7 +20,7 @@ if getattr(moto, "__file__", None) != str(HERE / "moto.py"):         # or it is 
     moto = sys.modules["moto"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(moto)
 sys.path.insert(0, str(HERE / "experiments"))
-import baselines, bench, franka_kitchen, gym_task, meta_world, pictures, reproduce
+import baselines, bench, diagnose, franka_kitchen, gym_task, meta_world, pictures, reproduce
 
 TINY = dict(
     task="gym:test/Dot-v0", device="cpu", precision="float32", workers=1, image_size=16,
@@ -2537,6 +2537,40 @@ def test_bench_measures_and_its_parts_add_up(capsys):
                           "imagination", "critic", "actor", "optimisers"}
     assert set(result["growth"]) == {"batch B", "sequence length T", "ensemble K", "horizon H",
                                      "width", "sampling"}
+
+
+def test_auc_is_the_probability_of_the_right_order():
+    assert diagnose.auc([2, 3], [1, 2]) == 3.5 / 4 and diagnose.auc([0], [0]) == 0.5
+    assert math.isnan(diagnose.auc([], [1]))
+
+
+def test_diagnosis_begins_with_the_value_estimate_and_off_data_heads_disagree():
+    agent = online_agent(critics=1)
+    randomised(agent.actor)
+    images = [np.roll(random_image(), n, 0) for n in range(6)]
+    episode = {"image": images, "action": [np.full(2, 0.5, np.float32)] * 5, "reward": [0.0] * 5}
+    values = diagnose.values_along(agent, episode)
+    assert values.shape == (6,) and values.std() > 0
+    np.testing.assert_allclose(values[0], agent.value_estimate(images[0]), rtol=1e-4)
+    torch.manual_seed(0)
+    executed, uniform, corrected = diagnose.disagreements(agent, episode, np.random.default_rng(0))
+    torch.manual_seed(0)
+    agent.cfg.bound = 0.0
+    again, _, uncorrected = diagnose.disagreements(agent, episode, np.random.default_rng(0))
+    np.testing.assert_allclose(executed, again)
+    np.testing.assert_allclose(executed, uncorrected)         # without a bound: the executed one
+    assert (uniform != executed).all() and (corrected != executed).all()
+
+
+def test_diagnose_prints_what_a_run_knows_and_refuses_one_without_a_model(
+        dots, finished, tmp_path, capsys):
+    assert diagnose.main([str(finished), "--episodes", "2"]) == 0
+    out = capsys.readouterr().out
+    for words in ("success", "AUC of the critics, by step: 0:", "uniform actions", "actor/value"):
+        assert words in out
+    assert run(dots, tmp_path / "bc", variant="bc", online_episodes=0) == 0
+    one_sentence(capsys, [tmp_path / "bc"], "bc", "no world model", program=diagnose)
+    one_sentence(capsys, [finished, "--episodes", "0"], "--episodes is 0", program=diagnose)
 
 
 def test_operations_are_counted_right():

@@ -117,5 +117,9 @@ def command(argv):
         run.close()
 
 
+def main(argv=None):
+    return moto.exit_code(command, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(moto.exit_code(command))
+    sys.exit(main())
