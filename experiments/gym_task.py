@@ -48,7 +48,7 @@ class GymTask:
     terminates = True
 
     def __init__(self, cfg):
-        trouble = meta_world.choose_gl()                             # for those that are built on MuJoCo
+        trouble = meta_world.choose_gl()                  # for those that are built on MuJoCo
         import gymnasium
         self.name, self.shape, self.steps = cfg.task.removeprefix("gym:"), None, 0
         self.repeat, self.size = cfg.action_repeat, cfg.image_size

@@ -95,8 +95,8 @@ class MetaWorld:
         self.policy_class, self.repeat = policies[f"{cfg.task}-v3"], cfg.action_repeat
         most = (self.env.max_path_length - 10) // cfg.action_repeat
         if cfg.episode_steps > most:
-            raise moto.UserError(f"--episode-steps is {cfg.episode_steps} but Meta-World allows at most "
-                            f"{most}")
+            raise moto.UserError(f"--episode-steps is {cfg.episode_steps} but Meta-World allows "
+                                 f"at most {most}")
         self.camera = Camera(cfg, self.env.model, self.env.data, self.view)
         self.render, self.close = self.camera.render, self.camera.close
 

@@ -164,7 +164,8 @@ def draw_groups(path, tasks, ylabel, value, **limits):
     seeds and a band from the lowest to the highest."""
     columns, colors, handles = min(5, len(tasks)), {}, {}
     lines = math.ceil(len(tasks) / columns)
-    fig, axes = pictures.figure(4.4 * columns, 3.6 * lines, lines, columns, squeeze=False, sharey=True)
+    size = 4.4 * columns, 3.6 * lines
+    fig, axes = pictures.figure(*size, lines, columns, squeeze=False, sharey=True)
     for axis in axes.flat[len(tasks):]:
         axis.set_visible(False)
     for axis in axes[:, 0]:
