@@ -20,19 +20,22 @@ The algorithm:
            images, learns with it (Eq 13, 15). Online both stay as they are
     5.     world model: filter the images into latents (Eq 1); learn to predict the next latent with
            K heads (Eq 2), the image, the reward and e (Eq 3): the evidence lower bound (Eq 4, 5)
-    6.     from real latents imagine H decisions of the current policy: each corrects b's actions
-           for k steps (Eq 8); where the K heads disagree (Eq 6) the reward is lowered (Eq 7)
-    7.     expand the value along the imagined steps (Eq 9); critic: regress on it, at the real
-           corrections (Eq 10, 11, 12)
-    8.     online: actor: raise the critics' value of its correction, and keep it small (Eq 14)
+    6.     from real latents imagine H decisions of the current policy, each a correction of b's
+           actions, held for k steps (Eq 8); where the K heads disagree (Eq 6) the reward is
+           lowered (Eq 7)
+    7.     expand the value along the imagined steps (Eq 9); critics: regress the value of the
+           corrections really made on it (Eq 10, 11, 12)
+    8.     online, after some episodes: actor: raise the critics' value of its correction, and keep
+           the correction small (Eq 14)
 Theorem B.1 says why lowering the reward is safe (Eq 16, on a table).
 
-Axes:    B batch, T time, H horizon, K ensemble, A action, E embedding, D deterministic,
-         S stochastic, F = D + S (state), N = B * T, P pixels a side, L steps of an episode.
+Axes:    B batch, T time, T' = T - 2 (steps that have three images), H horizon, K ensemble,
+         A action, E embedding, D deterministic, S stochastic, F = D + S (state), N = B * T,
+         P pixels a side, L steps of an episode.
 Letters: x image, a action, r reward, z stochastic latent, h deterministic latent, s = (h, z),
-         e feature of three images, b the behaviour prior's mean action, d correction in units of
-         its bound c, k steps for which it is held, u disagreement, gamma discount, lam the mixing
-         weight of Eq 9, alpha the penalty, beta the behaviour weight.
+         e feature of three images, b the behaviour prior (its mean action), d correction in units
+         of its bound c, k steps for which it is held, u disagreement, gamma discount, lam the
+         mixing weight of Eq 9, alpha the penalty, beta the behaviour weight.
 Time:    a[t] and r[t] are the action that led INTO x[t] and the reward received on arriving there;
          a[0] = 0, r[0] = 0. So the action that leaves s[t] is a[t+1].
 Sharp edges are marked "SHARP"; departures from the paper "DEPARTURE" (README lists them all).
@@ -518,8 +521,9 @@ def imagine(model, policy, actor, h, z, e, horizon, hold):
         d^j = actor(e^j);   for each of its k steps:   a = clip(b(e) + c d^j),
         s' ~ p_k(.|s, a), k drawn afresh for each step;   e' = feature(s')
 
-    h (N, D), z (N, S), e (N, E) of real steps -> dict of e (H+1, N, E) and d (H+1, N, A), one per
-    decision; feat (H k + 1, N, F), one per state, and u (H k, N), where u^i = u(s^i, a^i).
+    h (N, D), z (N, S), e (N, E) of real steps; policy: a Policy, which has b and c -> dict of e
+    (H+1, N, E) and the effective d (H+1, N, A), one per decision; feat (H k + 1, N, F), one per
+    state, and u (H k, N), where u^i = u(s^i, a^i).
     Sources: Dreamer; LOMPO and PETS for the drawn head."""
     N, K = h.shape[0], model.cfg.ensemble
     es, ds, feats, us = [e], [actor(e)], [torch.cat([h, z], -1)], []
@@ -534,7 +538,8 @@ def imagine(model, policy, actor, h, z, e, horizon, hold):
             e = model.feature(feats[-1]).float()
         es.append(e)
         ds.append(actor(e))
-    return {"e": torch.stack(es), "d": torch.stack(ds), "feat": torch.stack(feats),
+    e, d = torch.stack(es), torch.stack(ds)
+    return {"e": e, "d": policy.effective(e, d), "feat": torch.stack(feats),
             "u": torch.stack(us) if us else h.new_zeros(0, N)}          # H = 0: no model at all
 
 
@@ -723,12 +728,17 @@ class Policy(nn.Module):
         """The action for feature e (..., E) under the correction d (..., A)."""
         return (self.prior_action(e) + self.cfg.bound * d).clamp(-1, 1)
 
+    def effective(self, e, d):
+        """What the limits of an action leave of the correction d: what the critics are asked."""
+        return (self.action(e, d) - self.prior_action(e)) / self.cfg.bound
+
     @torch.no_grad()
     def act(self, image, state=None, generator=None):
         """One step: uint8 image (P, P, 3), carried state (None at a reset) -> a (A,), next state.
 
-        With a generator, noise is added to every decision, which holds it for k steps; a policy
-        that has no actor samples each action. Without one, the action is the mean."""
+        With a generator, each decision gets noise once, which is kept for its k steps and stays
+        within the bound; a policy without an actor samples each action. Else the action is the
+        mean."""
         def noise(like):
             return torch.randn(like.shape, generator=generator).to(like.device)
         x = to_image(torch.as_tensor(image, device=self.updates.device))[None]
@@ -741,7 +751,8 @@ class Policy(nn.Module):
         else:
             if step % self.cfg.hold == 0:
                 d = self.actor(e)
-                d = d if generator is None else d + self.cfg.noise * noise(d)
+                if generator is not None:
+                    d = (d + self.cfg.noise * noise(d)).clamp(-1, 1)
             a = self.action(e, d)
         return a[0].cpu().numpy(), (frames, d, step + 1)
 
@@ -822,8 +833,8 @@ class Agent:
 
     def load_state_dict(self, state):
         for kind in ("modules", "optimisers"):
-            for name, part in state[kind].items():
-                getattr(self, kind)[name].load_state_dict(part)
+            for name, part in getattr(self, kind).items():
+                part.load_state_dict(state[kind][name])
 
     def acting_state(self):
         """What acts, dreams and criticises, in half precision: a tenth of the whole."""
@@ -926,7 +937,7 @@ class MOTO(BC):
         """Eq 14 at the features e (B, T', E) -> loss, metrics, with the sizes of the two terms'
         gradients with respect to the corrections."""
         d = self.actor(e)
-        q = self.critic(e, d)
+        q = self.critic(e, self.ema_policy.effective(e, d))
         loss = actor_loss(q, d, self.cfg.beta)
         behaviour = 2 * self.cfg.beta * d.detach() / d.numel()
         value = torch.autograd.grad(loss, d, retain_graph=True)[0] - behaviour
@@ -981,10 +992,10 @@ class MOTO(BC):
 
     @torch.no_grad()
     def value_estimate(self, image):
-        """The critics' estimate for the decision at an episode's first image (P, P, 3), in units of
-        1 / (1 - gamma)."""
-        e = self.first_feature(image)
-        return float(self.target(e, self.ema_policy.actor(e)).min() / self.target.unit)
+        """The target critics' mean estimate for the decision at an episode's first image (P, P, 3),
+        in units of 1 / (1 - gamma)."""
+        e, policy = self.first_feature(image), self.ema_policy
+        return float(self.target(e, policy.effective(e, policy.actor(e))).mean() / self.target.unit)
 
 
 AGENTS = {"bc": BC}                                       # every other variant: MOTO
@@ -1137,7 +1148,11 @@ def extra(name):
     here = Path(__file__).resolve().parent
     if name not in sys.modules:
         sys.path[:0] = [str(here / "experiments"), str(here)]
-    return importlib.import_module(name)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error}: moto.py needs experiments/ beside it, and requirements.txt "
+                        "installed") from None
 
 
 def make_env(cfg):
@@ -1411,39 +1426,30 @@ class Run:
         seconds[stage] = seconds.get(stage, 0) + time.perf_counter() - started
 
     def save(self):
-        """Keep the checkpoint before as checkpoint.previous.pt, write the new one, then agent.pt:
-        what acts, small."""
+        """Write checkpoint.pt, then agent.pt: what acts, small."""
         checkpoint = {"config": dataclasses.asdict(self.cfg), "agent": self.agent.state_dict(),
                       "state": self.state, "torch_rng": torch.get_rng_state(),
                       "numpy_rng": json.dumps(self.rng.bit_generator.state)}
         if self.agent.device.type == "cuda":
             checkpoint["cuda_rng"] = torch.cuda.get_rng_state(self.agent.device)
-        path = self.dir / "checkpoint.pt"
-        if path.exists():
-            os.replace(path, self.dir / "checkpoint.previous.pt")
-        write_atomically(path, lambda file: torch.save(checkpoint, file))
         agent = {"updates": self.state["updates"], "modules": self.agent.acting_state()}
-        write_atomically(self.dir / "agent.pt", lambda file: torch.save(agent, file))
+        for name, value in ("checkpoint.pt", checkpoint), ("agent.pt", agent):
+            write_atomically(self.dir / name, lambda file, value=value: torch.save(value, file))
 
     def read_checkpoint(self):
-        """The newest whole checkpoint, or None where there is no run. Raises UserError on one that
-        cannot be continued with this config. Weights only: a stranger's file runs nothing."""
-        for path in self.dir / "checkpoint.pt", self.dir / "checkpoint.previous.pt":
-            if path.exists():
-                try:
-                    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-                    config, done = checkpoint["config"], checkpoint["state"]["updates"]
-                    break
-                except Exception as error:                # set aside, so that no save keeps it
-                    path.replace(path.with_suffix(".damaged"))
-                    print(f"warning: {path} cannot be read ({type(error).__name__})",
-                          file=sys.stderr)
-        else:
+        """The checkpoint, or None where there is no run. Raises UserError on one that cannot be
+        continued with this config. Weights only: a stranger's file runs nothing."""
+        try:
+            path = self.dir / "checkpoint.pt"
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            config, done = checkpoint["config"], checkpoint["state"]["updates"]
+        except Exception as error:
             rows = read_metrics(self.dir / "metrics.jsonl")
             scored = any(row.get("evaluation") == "offline" for row in rows)
-            if scored or [*self.dir.glob("*.pt"), *self.dir.glob("*.damaged")]:
-                raise UserError(f"{self.dir} holds a run, but no checkpoint that can be read: it "
-                                "cannot be continued; choose another --logdir or remove the folder")
+            if scored or [*self.dir.glob("*.pt")]:
+                raise UserError(f"{self.dir} holds a run, but its checkpoint cannot be read ("
+                                f"{type(error).__name__}: {error}): it cannot be continued; choose "
+                                "another --logdir or remove the folder") from None
             return None
         changed = differences(config, dataclasses.asdict(self.cfg))
         if changed:
@@ -1544,11 +1550,12 @@ class Run:
         write_json(self.dir / "config.json", {
             "config": dataclasses.asdict(self.cfg), "versions": versions, "git": commit,
             "device": machine(self.cfg.device), "environment": self.env.describe()})
-        camera = getattr(self.env, "camera", self.env)
-        for part in MOTO, type(self.agent), type(self.env), type(camera):
-            with contextlib.suppress(OSError, TypeError):              # of a notebook's cell
-                source = Path(inspect.getfile(part))
-                write_atomically(self.dir / source.name, lambda f: f.write(source.read_bytes()))
+        parts = [inspect.getmodule(MOTO), inspect.getmodule(type(self.agent))]
+        files = {Path(part.__file__) for part in parts if hasattr(part, "__file__")}
+        files |= {Path(part.__file__) for part in [*sys.modules.values()]
+                  if Path(getattr(part, "__file__", None) or "").parent.name == "experiments"}
+        for file in files:
+            write_atomically(self.dir / file.name, lambda f, file=file: f.write(file.read_bytes()))
 
     def forget_later_metrics(self):
         """Cut metrics.jsonl to its length when the checkpoint was written."""
@@ -1764,6 +1771,8 @@ def check_config(cfg):
             rule = f"in {allowed}"
         elif f.name == "image_size" and value % 16:
             rule = "a multiple of 16"
+        elif f.name == "imagined" and value and not cfg.horizon:
+            rule = "0 without --horizon"
         elif f.name == "length" and value < cfg.hold + FRAMES:
             rule = f"at least {cfg.hold + FRAMES}: --hold + {FRAMES} images"
         if rule:

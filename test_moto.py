@@ -368,10 +368,11 @@ def test_eq08_imagination_holds_a_decision_for_k_steps(H, hold):
     assert torch.equal(feat[0], torch.cat([h, z], -1)) and not feat.requires_grad
     seen = [e, *model.feature(feat[1:])]                      # the feature of every state
     torch.testing.assert_close(es, torch.stack(seen[::hold]))
-    torch.testing.assert_close(ds, actor(es))
+    b, decided = policy.prior(es).mode, actor(es)
+    torch.testing.assert_close(ds, ((b + 2 * decided).clamp(-1, 1) - b) / 2)
     clipped = 0
     for i in range(H * hold):                                 # s^i, a^i give h^{i+1} and u^i
-        a = policy.prior(seen[i]).mode + 2 * ds[i // hold]
+        a = policy.prior(seen[i]).mode + 2 * decided[i // hold]
         clipped += int((a.abs() > 1).sum())
         following = model.recurrence(feat[i][:, :16], feat[i][:, 16:], a.clamp(-1, 1))
         torch.testing.assert_close(following, feat[i + 1][:, :16])
@@ -525,6 +526,10 @@ def test_eq11_critic_terms_against_a_naive_loop():
     feat, e, later = critic_batch(agent)
     a, r, policy, terms = later["a"], later["r"], agent.ema_policy, []
     Q = lambda critic, e, d: critic(e[None], d[None]).squeeze()
+
+    def effective(e):
+        prior = policy.prior(e).mode
+        return ((prior + 0.5 * agent.actor(e)).clamp(-1, 1) - prior) / 0.5
     for b, t in itertools.product(range(4), range(2)):
         if not later["valid"][b, t]:
             continue
@@ -536,7 +541,7 @@ def test_eq11_critic_terms_against_a_naive_loop():
             d = sum(errors) / 2
             y = y + 0.9 * r[b, t + 2]
             if not later["is_terminal"][b, t + 2]:
-                y = y + 0.81 * Q(agent.target, e[b, t + 2], agent.actor(e[b, t + 2]))
+                y = y + 0.81 * Q(agent.target, e[b, t + 2], effective(e[b, t + 2]))
         terms.append(((Q(agent.critic, e[b, t], d) - y.detach()) / 10) ** 2)
     loss, metrics = agent.critic_terms(feat, e, later)
     assert len(terms) == 6
@@ -635,6 +640,18 @@ def test_eq14_following_the_loss_raises_the_critics_value_or_ends_at_the_prior(b
         assert last["actor/correction"] < 0.5 * first["actor/correction"]
     else:
         assert last["actor/value"] > first["actor/value"] + 0.01
+
+
+def test_eq14_the_critics_are_asked_for_what_the_limits_of_an_action_leave():
+    """Where b + c d would leave [-1, 1] the value has no slope in d, and no reward for a larger
+    one."""
+    agent = online_agent(beta=1e-9, bound=0.5)
+    agent.ema_policy.prior.net[-1].bias.data[:2] = torch.tensor([9.0, 0.0])    # b = 1, about 0
+    randomised(agent.critic)
+    torch.nn.init.ones_(agent.actor.net[-1].bias)                              # d > 0
+    loss, _ = agent.actor_terms(torch.rand(3, 4, 16))
+    slope, = torch.autograd.grad(loss, agent.actor.net[-1].bias)
+    assert abs(slope[0]) < 1e-7 < 1e-4 < abs(slope[1])
 
 
 def test_eq14_the_logged_gradients_are_those_of_the_two_terms():
@@ -959,7 +976,7 @@ def test_evaluations_act_by_means(agent):
 def test_acting_holds_each_decision_for_k_steps_and_stays_near_the_prior(sampled, hold):
     """The prior is read at every step, the actor at every k-th; noise is drawn for each decision
     alone, in units of the bound."""
-    policy, state = tiny_agent(hold=hold, length=6, bound=0.2, noise=0.4).ema_policy, None
+    policy, state = tiny_agent(hold=hold, length=6, bound=0.2, noise=1.5).ema_policy, None
     randomised(policy.actor)
     noise, twin = (torch.Generator().manual_seed(7) for _ in range(2))
     images, seen = batch_of(policy.cfg, T=8, B=1)["image"][0], []
@@ -970,11 +987,12 @@ def test_acting_holds_each_decision_for_k_steps_and_stays_near_the_prior(sampled
         if t % hold == 0:
             d = policy.actor(e)
             assert d.abs().max() <= 1
-            d = d + 0.4 * torch.randn(1, 2, generator=twin) if sampled else d
+            if sampled:
+                d = (d + 1.5 * torch.randn(1, 2, generator=twin)).clamp(-1, 1)
             seen.append(d)
         b = policy.prior(e).mode
         np.testing.assert_allclose(a, (b + 0.2 * d).clamp(-1, 1)[0], atol=1e-6)
-        assert sampled or np.abs(a - b[0].numpy()).max() <= 0.2
+        assert np.abs(a - b[0].numpy()).max() <= 0.2 + 1e-6
     assert len(torch.cat(seen).unique(dim=0)) == math.ceil(8 / hold)
 
 
@@ -1484,16 +1502,15 @@ def test_a_finished_run_repeated_changes_nothing(finished, dots):
     assert all(map(same, before, weights(finished)))
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(dots, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_no_fresh_start(dots, tmp_path, capsys):
     assert run(dots, tmp_path, online_episodes=0) == 0
     newest = tmp_path / "checkpoint.pt"
     newest.write_bytes(newest.read_bytes()[:1000])
-    assert run(dots, tmp_path, online_episodes=0) == 0
-    assert "damaged" in capsys.readouterr().err
-    for path in (newest, tmp_path / "checkpoint.previous.pt"):
-        path.write_bytes(b"nonsense")
-    assert run(dots, tmp_path, online_episodes=0) == 2
-    assert "no checkpoint" in capsys.readouterr().err
+    for _ in range(2):                                        # cut short, then gone
+        assert run(dots, tmp_path, online_episodes=0) == 2
+        assert "cannot be continued" in capsys.readouterr().err
+        newest.unlink(missing_ok=True)
+    assert (tmp_path / "agent.pt").exists()
 
 
 CHILD = f"""
@@ -1536,7 +1553,7 @@ torch.save = dying
 replace, update, seen = os.replace, moto.MOTO.update, []
 def dying(source, target):
     replace(source, target)
-    if "previous" in str(target) and len(seen) > 3:
+    if "checkpoint" in str(target) and len(seen) > 3:
         os.kill(os.getpid(), 9)
 def counted(self, batch):
     seen.append(1)
@@ -1545,11 +1562,11 @@ os.replace, moto.MOTO.update = dying, counted
 """}
 
 
-@pytest.mark.parametrize("moment", ["half a file", "between the files"])
-def test_kill_minus_nine_during_a_save_loses_one_save_at_most(dots, tmp_path, capsys, moment):
+@pytest.mark.parametrize("moment, kept", [("half a file", 3), ("between the files", 4)])
+def test_kill_minus_nine_during_a_save_loses_one_save_at_most(dots, tmp_path, moment, kept):
     result = child(DYING[moment] + MAIN, *tiny_flags(data=dots, logdir=tmp_path))
     assert result.returncode == -9
-    assert moto.Run(tiny(data=str(dots), logdir=str(tmp_path))).state["updates"] == 3
+    assert moto.Run(tiny(data=str(dots), logdir=str(tmp_path))).state["updates"] == kept
     assert run(dots, tmp_path) == 0
 
 
@@ -1630,7 +1647,8 @@ def test_what_acts_is_enough_to_evaluate_and_not_enough_to_continue(
     one_sentence(capsys, flags(**(config | {"logdir": small})), "cannot be continued")
     assert content(small) | {".lock": b""} == before | {".lock": b""}
     part, whole = moto.open_run(small), moto.Run(moto.Config(**config)).agent
-    for name, module in whole.modules.items():
+    for name in "ema_policy", "model", "target":
+        module = whole.modules[name]
         published = part.agent.modules[name].state_dict()
         torch.testing.assert_close(published, module.state_dict(), rtol=1e-3, atol=1e-3)
     values = [a.value_estimate(random_image()) for a in (part.agent, whole)]
@@ -2367,7 +2385,9 @@ def test_the_value_estimate_is_for_what_acts_and_by_the_target_critics(agent):
         randomised(agent.modules[name])
     randomised(policy.actor)
     e = policy.encoder(moto.to_image(torch.as_tensor(image)).repeat(3, 1, 1)[None])
-    q = agent.target(e, policy.actor(e)).min() * (1 - agent.cfg.gamma)
+    b = policy.prior(e).mode
+    d = ((b + 0.15 * policy.actor(e)).clamp(-1, 1) - b) / 0.15
+    q = agent.target(e, d).mean() * (1 - agent.cfg.gamma)
     assert agent.value_estimate(image) == pytest.approx(float(q), abs=1e-6)
 
 

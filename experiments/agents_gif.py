@@ -31,10 +31,14 @@ def pair(folder):
     return np.concatenate([truth, model], 2)[shown].repeat(3, 1).repeat(3, 2)
 
 
-if __name__ == "__main__":
-    folders = sys.argv[1:] or sorted(HERE.glob("agents/*"))
+def draw(folders):
+    folders = folders or sys.argv[1:] or sorted(HERE.glob("agents/*"))
     frames = np.concatenate([pair(folder) for folder in folders], 2)
     colours = Image.fromarray(np.concatenate(frames[::8])).quantize(128)
     images = [Image.fromarray(frame).quantize(palette=colours, dither=0) for frame in frames]
     images[0].save(HERE / "figures/agents.gif", save_all=True, append_images=images[1:],
                      duration=[80] * (FRAMES - 1) + [1500], loop=0)
+
+
+if __name__ == "__main__":
+    sys.exit(moto.exit_code(draw))

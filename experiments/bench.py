@@ -203,7 +203,7 @@ def default_env(env):
     if not hasattr(env, "camera"):
         return env.env
     env.camera.close()
-    if not hasattr(env, "camera"):
+    if not hasattr(env.env, "seeded_rand_vec"):           # not Meta-World
         import gymnasium
         default = gymnasium.make("FrankaKitchen-v1", render_mode="rgb_array")
         default.reset(seed=0)

@@ -44,7 +44,8 @@ def values_along(agent, episode):
     frames = moto.stacked(torch.cat([first, image])[None], is_first, moto.FRAMES)[0]
     policy = agent.ema_policy
     e = policy.encoder(moto.to_image(frames.to(agent.device)))
-    return (agent.target(e, policy.actor(e)).mean(0) / agent.target.unit).cpu().numpy()
+    d = policy.effective(e, policy.actor(e))
+    return (agent.target(e, d).mean(0) / agent.target.unit).cpu().numpy()
 
 
 @torch.no_grad()
