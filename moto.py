@@ -95,9 +95,9 @@ class Config:
     reward_head: str = opt("auto", "p(r|s), Eq 3: normal, or bernoulli (r is 0 or 1: Meta-World)")
     # Value expansion, critic, actor
     hold: int = opt(8, "k, steps for which a correction is held (DEPARTURE)", "[1, inf)")
-    horizon: int = opt(1, "H, imagined decisions of k steps [LOMPO: 5 of 1]", "[0, inf)")
+    horizon: int = opt(1, "H, imagined decisions of k steps [LOMPO: 5 of one step]", "[0, inf)")
     gamma: float = opt(0.98, "discount", "[0, 1)")
-    lam: float = opt(0.95, "Eq 9: 0 one decision, 1 whole horizon [DreamerV2: 0.95]", "[0, 1]")
+    lam: float = opt(0.95, "Eq 9, for H > 1: 0 one decision, 1 all [DreamerV2: 0.95]", "[0, 1]")
     alpha: float = opt(1.0, "penalty, Eq 7: reward lost where u is twice its mean", "[0, inf)")
     critics: int = opt(5, "critics; the smaller one of two drawn is used [REDQ: 10]", "[1, inf)")
     imagined: float = opt(0.0, "share of imagined transitions in the critic's loss", "[0, 1]")
@@ -111,7 +111,7 @@ class Config:
     target_rate: float = opt(0.02, "Eq 12: step of the target critics to the critics", "[0, 1]")
     ema_rate: float = opt(0.005, "smallest step of the averaged weights (DEPARTURE)", "[0, 1]")
     model_lr: float = opt(6e-4, "learning rate of the world model [LOMPO: 6e-4]", "(0, inf)")
-    actor_lr: float = opt(3e-4, "learning rate of the actor [LOMPO: 3e-4]", "(0, inf)")
+    actor_lr: float = opt(3e-4, "learning rate of prior and actor [LOMPO: 3e-4]", "(0, inf)")
     critic_lr: float = opt(1e-3, "learning rate of the critics [LOMPO: 3e-4]", "(0, inf)")
     # Loops
     offline_updates: int = opt(1000, "N, offline updates [paper: 1000, Meta-World]", "[0, inf)")
@@ -158,7 +158,7 @@ VARIANTS = {
     "no-unc": dict(alpha=0.0),
     "no-bc": NO_BC,
     "no-bc-no-unc": NO_BC | dict(alpha=0.0),
-    "dreamerv2": NO_BC | dict(alpha=0.0, imagined=1.0, hold=1, horizon=5),    # in imagination alone
+    "dreamerv2": NO_BC | dict(alpha=0.0, imagined=1.0, hold=1, horizon=5),    # critics: all dreamt
     "bc": dict(online_episodes=0),                                  # the behaviour prior alone
 }
 BASELINES = "iql", "cql", "sac"    # experiments/baselines.py adds them to VARIANTS and AGENTS
@@ -172,13 +172,13 @@ class EpisodeError(UserError):
     """An episode could not be played. A run saves what was learned before it ends."""
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """SIGINT or SIGTERM arrived; raised at the next step boundary."""
 
 
 stop_requested = {"signal": None}
 worker = {}                             # in a rollout worker's process: cfg, env and policy
-sys.modules.setdefault("moto", sys.modules[__name__])    # for experiments/, as a program
+sys.modules.setdefault("moto", sys.modules[__name__])    # experiments/ import this very module
 
 
 def exit_if_asked():
@@ -250,9 +250,9 @@ class EnsembleMLP(nn.Module):
 
 
 class TanhNormal:
-    """Eq 15, the policy's distribution: a = tanh(n), n ~ Normal(mean, std), with its log-density.
+    """Eq 15, the prior's distribution: a = tanh(n), n ~ Normal(mean, std), with its log-density.
 
-        ln pi(a|s) = sum_A [ ln Normal(artanh a; mean, std) - ln(1 - a^2) ]
+        ln b(a|e) = sum_A [ ln Normal(artanh a; mean, std) - ln(1 - a^2) ]
 
     mean, std: (..., A). The second term is the logarithm of da/dn; written with n it is
     2 (ln 2 - n - softplus(-2n)), which stays finite where 1 - a^2 rounds to zero.
@@ -267,7 +267,7 @@ class TanhNormal:
         return torch.tanh(self.mean)
 
     def log_density_at(self, n):
-        """ln pi(tanh n | s): (..., A) -> (...)."""
+        """ln b(tanh n | e): (..., A) -> (...)."""
         error = (n - self.mean) / self.std
         normal = -0.5 * error ** 2 - self.std.log() - 0.5 * math.log(2 * math.pi)
         return (normal - 2 * (math.log(2) - n - F.softplus(-2 * n))).sum(-1)
@@ -284,8 +284,8 @@ class TanhNormal:
 
 
 class StackEncoder(nn.Sequential):
-    """Stacked images (N, 3 * FRAMES, P, P) -> feature e (N, E), what policies and critics read.
-    Layer norm and tanh keep it bounded, as in DrQ."""
+    """Stacked images (N, 3 * FRAMES, P, P) -> feature e (N, E), what policies and critics read
+    (DEPARTURE). Layer norm and tanh keep it bounded, as in DrQ."""
 
     def __init__(self, cfg):
         super().__init__(Encoder(cfg, FRAMES), nn.SiLU(), nn.Linear(cfg.hidden, cfg.hidden),
@@ -337,7 +337,7 @@ class Critic(nn.Module):
         return self.unit * q.reshape(self.heads, *inp.shape[:-1])
 
     def smaller_of_two(self, e, d):
-        """The smaller Q (...) of two critics drawn at random. Source: Chen et al. 2021 (REDQ)."""
+        """The smaller Q (...) of two critics drawn at random (DEPARTURE). Source: REDQ."""
         drawn = torch.randperm(self.heads, device=e.device)[:2]
         return self(e, d)[drawn].min(0).values
 
@@ -572,7 +572,7 @@ def real_decisions(a, b, r, is_terminal, valid, hold, bound, gamma):
     a, b (B, T-1, A): the action that left s_t, and the prior's; r, is_terminal, valid (B, T-1): of
     that transition -> d (B, n, A), n = T - k: the mean correction (a - b) / c; reward and discount
     (B, n), accumulated; weight (B, n): one where the k steps are of one episode, or end with the
-    task's end. SHARP: a decision may begin at any step here, also between two of the policy's."""
+    task's end. SHARP: a window may span two held corrections; d is their mean."""
     windows = [value.unfold(1, hold, 1) for value in (r, gamma * (1 - is_terminal), valid)]
     reward, discount = accumulate(*windows[:2])
     ended = (windows[1] == 0).cumsum(-1) > 0              # with this step, or before
@@ -616,7 +616,7 @@ def update_target(target, source, rate):
 # ---- The actor and its behaviour prior -----------------------------------------------------------
 
 def action_nll(actor, e, a):
-    """-ln pi(a_{t+1} | e_t) in nats: e (B, T, E), a (B, T, A) -> (B, T-1). Actions are clipped to
+    """-ln b(a_{t+1} | e_t) in nats: e (B, T, E), a (B, T, A) -> (B, T-1). Actions are clipped to
     +-0.99: artanh is infinite at +-1."""
     return -actor(e[:, :-1]).log_prob(a[:, 1:].clamp(-0.99, 0.99))
 
@@ -773,9 +773,8 @@ def stacked(image, is_first, frames):
 class Agent:
     """What every agent is: modules by name, an optimiser for some of them, `step`, and its state.
 
-    A subclass makes its modules and calls `prepare`. It has `update(batch)` -> metrics,
-    `ema_policy` (a Policy), and `value_estimate(image)`, what its critics expect at an episode's
-    first image; None without critics."""
+    A subclass makes its modules, calls `prepare`, and has `update(batch)` -> metrics, `ema_policy`
+    (a Policy), and `value_estimate(image)`, for an episode's first image; None without critics."""
     value_estimate = None
 
     def __init__(self, cfg, device):
@@ -791,8 +790,7 @@ class Agent:
             for name, rate in rates.items()}
 
     def autocast(self):
-        enabled = self.cfg.precision == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.device.type, torch.bfloat16, self.cfg.precision == "bfloat16")
 
     def prepare_batch(self, batch):
         """A sampled batch on the device, with `valid` (B, T-1), one where a_{t+1} leaves s_t."""
@@ -924,7 +922,7 @@ class MOTO(BC):
         if online >= cfg.warmup * cfg.updates_per_episode:
             with self.autocast():
                 loss, more = self.actor_terms(e)
-            metrics |= more | self.step(loss, "actor")                 # the critics do not move
+            metrics |= more | self.step(loss, "actor")    # its slopes in the critics are cleared
         if online >= 0:
             self.ema_policy.update_ema(actor=self.actor)
         return as_numbers(metrics)
@@ -934,8 +932,8 @@ class MOTO(BC):
         return model_loss(self.model, batch)
 
     def actor_terms(self, e):
-        """Eq 14 at the features e (B, T', E) -> loss, metrics, with the sizes of the two terms'
-        gradients with respect to the corrections."""
+        """Eq 14 at the real features e (B, T', E) (DEPARTURE: no gradient through the model) ->
+        loss, metrics, with the sizes of the two terms' gradients with respect to d."""
         d = self.actor(e)
         q = self.critic(e, self.ema_policy.effective(e, d))
         loss = actor_loss(q, d, self.cfg.beta)
@@ -1113,8 +1111,7 @@ class Replay:
         self.size = end
 
     def sample(self, rng, count, length, part="offline"):
-        """`count` sequences of `length` steps -> dict of (count, length, ...), `is_first` set at
-        their starts."""
+        """`count` sequences -> dict of (count, length, ...), `is_first` set at their starts."""
         at = self.starts[part][rng.integers(0, self.choices(part, length), size=count)]
         at = torch.from_numpy(at[:, None] + np.arange(length)).to(self.device)
         batch = {name: values[at] for name, values in self.data.items()}
@@ -1375,8 +1372,6 @@ def decorative(what):
     """For pictures, which nobody should lose a run for: an error inside becomes one line."""
     try:
         yield
-    except Stopped:
-        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         print(f"note: no {what} ({reason})", file=sys.stderr)
@@ -1675,10 +1670,8 @@ def add_config_flags(parser):
     for f in dataclasses.fields(Config):
         allowed = f", in {f.metadata['allowed']}" if f.metadata["allowed"] else ""
         text = f"{f.metadata['help']} (default: {f.default!r}{allowed})".replace("%", "%%")
-        kind = {"type": f.type, "metavar": f.type.__name__.upper()}
-        if f.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(f"--{f.name.replace('_', '-')}", help=text, **kind)
+        parser.add_argument(f"--{f.name.replace('_', '-')}", help=text, type=f.type,
+                            metavar=f.type.__name__.upper())
 
 
 def parse(argv):

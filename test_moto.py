@@ -976,7 +976,7 @@ def test_evaluations_act_by_means(agent):
 def test_acting_holds_each_decision_for_k_steps_and_stays_near_the_prior(sampled, hold):
     """The prior is read at every step, the actor at every k-th; noise is drawn for each decision
     alone, in units of the bound."""
-    policy, state = tiny_agent(hold=hold, length=6, bound=0.2, noise=1.5).ema_policy, None
+    policy, state = tiny_agent(hold=hold, length=6, bound=0.2, noise=0.8).ema_policy, None
     randomised(policy.actor)
     noise, twin = (torch.Generator().manual_seed(7) for _ in range(2))
     images, seen = batch_of(policy.cfg, T=8, B=1)["image"][0], []
@@ -988,7 +988,7 @@ def test_acting_holds_each_decision_for_k_steps_and_stays_near_the_prior(sampled
             d = policy.actor(e)
             assert d.abs().max() <= 1
             if sampled:
-                d = (d + 1.5 * torch.randn(1, 2, generator=twin)).clamp(-1, 1)
+                d = (d + 0.8 * torch.randn(1, 2, generator=twin)).clamp(-1, 1)
             seen.append(d)
         b = policy.prior(e).mode
         np.testing.assert_allclose(a, (b + 0.2 * d).clamp(-1, 1)[0], atol=1e-6)

@@ -219,14 +219,7 @@ def plot(folders):
 
 def flags(values):
     """A dict of config values -> the words of a command line."""
-    words = []
-    for name, value in values.items():
-        name = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            words.append(f"--{name}={value}")
-    return words
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
 
 
 def program(variant):
