@@ -123,7 +123,6 @@ class Config:
     save_every: int = opt(250, "updates between checkpoints", "[1, inf)")
 
 
-DEMO_TAIL = 10              # agent steps that a demonstration goes on after its first success
 FRAMES = 3                  # images that the feature e sees [paper's baselines: 3]
 GRAD_CLIP = 100.0           # largest norm of each optimiser's gradient [DreamerV2: 100]
 MIN_STD = 0.05              # smallest standard deviation of the behaviour prior
@@ -1149,7 +1148,7 @@ def sample_batch(cfg, rng, replay):
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-# ---- Environments and demonstrations -------------------------------------------------------------
+# ---- Environments and offline data ---------------------------------------------------------------
 # An environment has action_size, terminates, describe() -> dict, reset(seed) -> image, close(), and
 # step(a) -> image, reward, terminal (the task ended), over (it ended or ran out of time), success.
 # One that can demonstrate has also scripted_action(), demonstrated (the script's aim is reached),
@@ -1182,67 +1181,10 @@ def episode_seed(cfg, stream, index):
     return [cfg.seed, ("demos", "online", "evaluation").index(stream), index]
 
 
-def demonstrate(cfg, env, seed):
-    """One scripted episode -> lists of image, action, reward, and whether it succeeded.
-
-    Noise is added to the clipped scripted action; the sum, clipped again, is executed and recorded.
-    It goes on for DEMO_TAIL steps after the first success, to show that the reward lasts."""
-    rng, after = np.random.default_rng(seed), 0
-    images, actions, rewards = [env.reset(seed)], [], []
-    while len(actions) < cfg.episode_steps and after <= DEMO_TAIL:
-        noise = cfg.demo_noise * rng.standard_normal(env.action_size)
-        actions.append(np.clip(env.scripted_action() + noise, -1, 1))
-        image, reward, *_ = env.step(actions[-1])
-        images.append(image)
-        rewards.append(reward)
-        after += bool(env.demonstrated or after)
-        exit_if_asked()
-    return images, actions, rewards, after > 0 and max(rewards) <= env.max_demo_reward
-
-
-def cache_folder(cfg, env, ingredients):
-    """The folder in cfg.cache for episodes made from `ingredients` by this environment."""
-    ingredients = ingredients | env.describe() | {
-        "numpy": np.__version__, "layout": 1, "task": cfg.task, "image_size": cfg.image_size,
-        "action_repeat": cfg.action_repeat}
-    digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(cfg.cache) / f"{cfg.task}-{digest}"
-    write_json(folder / "ingredients.json", ingredients)
-    return folder
-
-
-def collect_demos(cfg, workers):
-    """Successful scripted demonstrations -> their paths, in a folder named after all that decides
-    them. A collection that was interrupted continues. Raises UserError where the scripted policy
-    hardly ever succeeds."""
-    if not hasattr(workers.env, "scripted_action"):
-        raise UserError(f"{cfg.task} has no scripted policy; give your own episodes: --data DIR")
-    names = "seed", "demos", "demo_noise", "episode_steps"
-    ingredients = {name: getattr(cfg, name) for name in names} | {"demo_tail": DEMO_TAIL}
-    folder = cache_folder(cfg, workers.env, ingredients)
-    paths = sorted(folder.glob("attempt*.npz"))[:cfg.demos]
-    if len(paths) == cfg.demos:
-        return paths
-    most = 10 * cfg.demos + 20
-    attempts = range(int(paths[-1].stem[-4:]) + 1 if paths else 0, most)
-    seeds = [episode_seed(cfg, "demos", index) for index in attempts]
-    with tqdm(total=cfg.demos, initial=len(paths), desc="demonstrations") as bar:
-        for attempt, (*episode, success) in zip(attempts, workers.each(demonstrate, seeds)):
-            if success:
-                paths.append(folder / f"attempt{attempt:04d}.npz")
-                save_episode(paths[-1], *episode)
-                bar.update()
-            exit_if_asked()
-            if len(paths) == cfg.demos:
-                return paths
-    raise UserError(f"only {len(paths)} of {most} scripted attempts at {cfg.task} succeeded in "
-                    f"{cfg.episode_steps} steps; raise --episode-steps or lower --demo-noise")
-
-
 def offline_paths(cfg, workers):
     """The offline episodes: the user's folder, a Minari data set, or scripted demonstrations."""
     if not cfg.data:
-        return collect_demos(cfg, workers)
+        return extra("demonstrations").collect_demos(cfg, workers)
     if cfg.data.startswith("minari:"):
         return extra("franka_kitchen").render_minari(cfg, workers)
     paths = sorted(Path(cfg.data).glob("*.npz"))

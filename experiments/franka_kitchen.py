@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import demonstrations
 import meta_world
 import moto
 
@@ -130,7 +131,7 @@ class Kitchen:
         try:
             for index in range(10):
                 seed = moto.episode_seed(self.cfg, "evaluation", 20_000 + index)
-                image, action, reward, _ = moto.demonstrate(self.cfg, self, seed)
+                image, action, reward, _ = demonstrations.demonstrate(self.cfg, self, seed)
                 if max(reward) == len(self.targets):
                     action = [np.float32(a) for a in action]
                     return {"image": image, "action": action, "reward": reward}
@@ -229,7 +230,8 @@ def render_minari(cfg, workers):
             raise moto.UserError(f"the Minari data set {name!r} has observations {states} and "
                                  f"actions {actions}; Franka Kitchen has finite floats (L+1, 59) "
                                  "and (L, 9): choose another data set")
-    folder = moto.cache_folder(cfg, workers.env, {"minari": name, "episodes": len(recorded)})
+    ingredients = {"minari": name, "episodes": len(recorded)}
+    folder = demonstrations.cache_folder(cfg, workers.env, ingredients)
     paths = [folder / f"episode{index:04d}.npz" for index in range(len(recorded))]
     missing = [(path, *pair) for path, pair in zip(paths, recorded) if not path.exists()]
     rendered = workers.each(render_recorded, missing)
