@@ -894,7 +894,7 @@ class BC(Agent):
 
 class MOTO(BC):
     """Behaviour prior, world model, critics, actor, and the one `update` that both phases share.
-    `compiled`: its two larger parts go through torch.compile (with CUDA graphs on a GPU)."""
+    `compiled`: its largest part goes through torch.compile (with CUDA graphs on a GPU)."""
 
     def __init__(self, cfg, action_size, terminates, device, compiled=False):
         Agent.__init__(self, cfg, device)
@@ -909,7 +909,6 @@ class MOTO(BC):
             torch._dynamo.config.suppress_errors = True  # eager where there is no working compiler
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
             self.model_terms = torch.compile(self.model_terms, mode=mode)
-            self.critic_terms = torch.compile(self.critic_terms, mode=mode)
 
     def update(self, batch):
         """One step of everything on a batch from Replay.sample -> metrics (floats). Raises
