@@ -926,13 +926,12 @@ class MOTO(BC):
         u, mean = metrics["model/disagreement"], self.model.disagreement_mean
         mean.copy_(torch.where(mean == 0, u, torch.lerp(mean, u, 0.01)))
 
-        with self.autocast():
-            loss, more = self.critic_terms(feat[:, -e.shape[1]:].detach().float(), e, later)
+        # From here in float32: what a correction is worth is a small difference of large values.
+        loss, more = self.critic_terms(feat[:, -e.shape[1]:].detach().float(), e, later)
         metrics |= more | self.step(loss, "critic")
         update_target(self.target, self.critic, cfg.target_rate)
         if online >= cfg.warmup * cfg.updates_per_episode:
-            with self.autocast():
-                loss, more = self.actor_terms(e)
+            loss, more = self.actor_terms(e)
             metrics |= more | self.step(loss, "actor")    # its slopes in the critics are cleared
         if online >= 0:
             self.ema_policy.update_ema(actor=self.actor)
