@@ -114,9 +114,9 @@ class Config:
     actor_lr: float = opt(3e-4, "learning rate of prior and actor [LOMPO: 3e-4]", "(0, inf)")
     critic_lr: float = opt(1e-3, "learning rate of the critics [LOMPO: 3e-4]", "(0, inf)")
     # Loops
-    offline_updates: int = opt(1000, "N, offline updates [paper: 1000, Meta-World]", "[0, inf)")
+    offline_updates: int = opt(800, "N, offline updates [paper: 1000, Meta-World]", "[0, inf)")
     online_episodes: int = opt(30, "online episodes [paper: up to 500]", "[0, inf)")
-    updates_per_episode: int = opt(20, "U, updates after each of them [paper: 50]", "[1, inf)")
+    updates_per_episode: int = opt(40, "U, updates after each of them [paper: 50]", "[1, inf)")
     eval_every: int = opt(200, "updates between evaluations on the way", "[1, inf)")
     final_episodes: int = opt(50, "episodes per offline and final score; else a fifth", "[1, inf)")
     log_every: int = opt(25, "updates per line of metrics.jsonl", "[1, inf)")
@@ -126,7 +126,6 @@ class Config:
 FRAMES = 3                  # images that the feature e sees [paper's baselines: 3]
 GRAD_CLIP = 100.0           # largest norm of each optimiser's gradient [DreamerV2: 100]
 MIN_STD = 0.05              # smallest standard deviation of the behaviour prior
-DOUBT = 1.0                 # kappa, Eq 14: critics' standard deviations that count as no gain
 KL_BALANCE = 0.8            # w, Eq 5: the prior's share of the KL [DreamerV2: 0.8]
 
 PRESETS = {
@@ -136,7 +135,7 @@ PRESETS = {
                   updates_per_episode=5, warmup=1, eval_every=20, final_episodes=2, log_every=5,
                   save_every=10),
     "paper": dict(episode_steps=200, batch=64, length=50, channels=32, stoch=64, ensemble=7,
-                  critic_lr=3e-4, online_episodes=400,
+                  critic_lr=3e-4, offline_updates=1000, online_episodes=400,
                   updates_per_episode=50, eval_every=2500, final_episodes=100, save_every=1000),
 }
 HARD = dict(episode_steps=200, offline_updates=2000, online_episodes=100, updates_per_episode=60,
@@ -599,20 +598,11 @@ def weighted_mean(value, weight):
 
 
 def critic_loss(q, y, weight, unit):
-    """Eq 11: weighted mean squared error, in the units of Critic, summed over the critics.
+    """Eq 11: weighted mean squared error of all critics, in the units of Critic.
 
-    q (heads, ...), y (...), weight (...) or (heads, ...) -> scalar. The targets carry no gradient.
-    The critics differ by their initialisation and by their episodes (`halves`); the smaller one of
-    two is used in V [TD3]."""
-    error = ((q - y.detach()) / unit).square()
-    return len(q) * weighted_mean(error, weight.expand_as(error))
-
-
-def halves(episode, heads):
-    """Which critics learn from which episodes, each from another half: numbers (...) -> zeros and
-    ones (heads, ...). Where few episodes decide the critics differ. Source: Osband et al. 2016."""
-    table = torch.rand(1009, heads, generator=torch.Generator().manual_seed(0)) < 0.5
-    return table.float().to(episode.device)[episode % 1009].movedim(-1, 0)
+    q (heads, ...), y, weight (...) -> scalar. The targets carry no gradient. The critics differ by
+    their initialisation; the smaller one of two is used in V [TD3]."""
+    return weighted_mean(((q - y.detach()) / unit).square().sum(0), weight)
 
 
 @torch.no_grad()
@@ -640,18 +630,15 @@ def behaviour_loss(prior, e, a, valid):
     return weighted_mean(action_nll(prior, e, a), valid)
 
 
-def actor_loss(q, q_prior, d, beta):
-    """Eq 14: raise the value in which the critics agree, stay near the behaviour prior.
+def actor_loss(q, d, beta):
+    """Eq 14: raise the critics' value of the correction, stay near the behaviour prior.
 
-        L = -E[mean_i A_i - kappa std_i A_i] / E|Q| + beta E[d^2],    d = actor(e)
-        A_i = Q_i(e, d) - Q_i(e, 0), what critic i expects of the correction
+        L = -E[Q(e, d)] / E|Q(e, d)| + beta E[d^2],    d = actor(e)
 
-    q, q_prior (heads, ...): Q at d and at 0; d (..., A), its square averaged over A. Divided by its
-    own size the value has no scale: beta means the same at any reward, and |d| <= 1 holds the
-    policy within c of the prior whatever the critics say. Sources: TD3+BC; LCB of an ensemble."""
-    advantage = q - q_prior
-    value = advantage.mean(0) - DOUBT * advantage.std(0, correction=0)
-    return -value.mean() / q.abs().mean().detach().clamp(min=1e-3) + beta * d.square().mean()
+    q (heads, ...), d (..., A), its square averaged over A. Divided by its own size the value has no
+    scale: beta means the same at any reward, and |d| <= 1 holds the policy within c of the prior
+    whatever the critics say. Source: TD3+BC."""
+    return -q.mean() / q.abs().mean().detach().clamp(min=1e-3) + beta * d.square().mean()
 
 
 # ---- Why the penalty is safe, on a table ---------------------------------------------------------
@@ -946,7 +933,7 @@ class MOTO(BC):
         loss, metrics, with the sizes of the two terms' gradients with respect to d."""
         d = self.actor(e)
         q = self.critic(e, self.ema_policy.effective(e, d))
-        loss = actor_loss(q, self.critic(e, torch.zeros_like(d)), d, self.cfg.beta)
+        loss = actor_loss(q, d, self.cfg.beta)
         behaviour = 2 * self.cfg.beta * d.detach() / d.numel()
         value = torch.autograd.grad(loss, d, retain_graph=True)[0] - behaviour
         return loss, {"actor/value": q.mean().detach() / self.critic.unit,
@@ -983,7 +970,6 @@ class MOTO(BC):
         V, imagined, metrics = self.expand(feat[:, k:].flatten(0, 1), e[:, k:].flatten(0, 1))
         y = critic_target(reward, discount, V[0].reshape(reward.shape))
         q = self.critic(e[:, :-k], d)
-        weight = weight * halves(batch["episode"][:, :-k], cfg.critics)
         on_real = critic_loss(q, y, weight, unit)
         loss = (1 - cfg.imagined) * on_real
         metrics |= {"critic/real": on_real.detach(), "critic/q": q.mean().detach() / unit}
@@ -1102,11 +1088,11 @@ class Replay:
     `starts`: where sequences may begin, for the offline and the online part of a batch."""
 
     def __init__(self, capacity, image_size, action_size, device="cpu"):
-        self.size, self.episodes, self.device = 0, 0, device
+        self.size, self.device = 0, device
         self.starts = {part: np.zeros(0, int) for part in ("offline", "online")}
         kinds = {"image": ((image_size, image_size, 3), np.uint8),
                  "a": ((action_size,), np.float32), "r": ((), np.float32),
-                 "is_terminal": ((), np.float32), "is_first": ((), bool), "episode": ((), int)}
+                 "is_terminal": ((), np.float32), "is_first": ((), bool)}
         self.data = {name: torch.from_numpy(np.zeros((capacity, *shape), kind)).to(device)
                      for name, (shape, kind) in kinds.items()}   # memory is used as it is filled
 
@@ -1117,8 +1103,6 @@ class Replay:
         self.data["a"][start + 1:end] = torch.as_tensor(episode["action"])
         self.data["r"][start + 1:end] = torch.as_tensor(episode["reward"])
         self.data["is_first"][start] = True
-        self.data["episode"][start:end] = self.episodes
-        self.episodes += 1
         self.data["is_terminal"][end - 1] = episode["terminal"]
         self.starts[part] = np.append(self.starts[part], np.arange(start, end))
         self.size = end
