@@ -40,9 +40,9 @@ Time:    a[t] and r[t] are the action that led INTO x[t] and the reward received
          a[0] = 0, r[0] = 0. So the action that leaves s[t] is a[t+1].
 Sharp edges are marked "SHARP"; departures from the paper "DEPARTURE" (README lists them all).
 """
-import argparse, contextlib, copy, dataclasses, difflib, functools, hashlib, importlib.metadata
-import importlib.util, inspect, json, math, multiprocessing, os, platform, signal
-import subprocess, sys, threading, time, timeit
+import argparse, atexit, contextlib, copy, dataclasses, difflib, functools, hashlib
+import importlib.metadata, importlib.util, inspect, json, math, multiprocessing, os, platform
+import signal, subprocess, sys, threading, time, timeit
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,7 +106,7 @@ class Config:
     beta: float = opt(0.05, "weight of the correction's square, Eq 14; 0: the policy is the "
                       "correction alone, without the behaviour prior", "[0, inf)")
     noise: float = opt(0.4, "std of the noise on online corrections, in units of c", "[0, inf)")
-    warmup: int = opt(15, "online episodes before the actor learns", "[0, inf)")
+    warmup: int = opt(30, "online episodes before the actor learns", "[0, inf)")
     shift: int = opt(3, "random shifts of images in cloning, in pixels [DrQ: 4 of 84]", "[0, inf)")
     target_rate: float = opt(0.02, "Eq 12: step of the target critics to the critics", "[0, 1]")
     ema_rate: float = opt(0.005, "smallest step of the averaged weights (DEPARTURE)", "[0, 1]")
@@ -1234,6 +1234,7 @@ def init_worker(cfg):
     torch.set_num_threads(1)
     worker["cfg"] = cfg
     env = make_env(cfg)
+    atexit.register(env.close)                            # SHARP: EGL complains of an open renderer
     cpu = dataclasses.replace(cfg, device="cpu")
     agent = make_agent(cpu, env.action_size, env.terminates, "cpu")
     worker.update(env=env, policy=agent.ema_policy)
