@@ -1004,13 +1004,18 @@ def make_agent(cfg, action_size, terminates, device, compiled=False):
 # README has the layout of an episode's file; action[i] leads from image[i] to image[i+1].
 
 @contextlib.contextmanager
-def writing(path):
-    """Makes a UserError of a full or unwritable disk."""
+def explained(what, remedy, *kinds):
+    """Makes a UserError of an error of these kinds: what went wrong, the error, and the remedy."""
     try:
         yield
-    except (OSError, RuntimeError) as error:              # RuntimeError: torch.save's full disk
-        raise UserError(f"cannot write {path} ({error}); free some disk space or choose a writable "
-                        "folder, and repeat the command: what was saved before is intact") from None
+    except kinds as error:
+        raise UserError(f"{what} ({type(error).__name__}: {error}); {remedy}") from None
+
+
+def writing(path):
+    """Makes a UserError of a full or unwritable disk; torch.save's is a RuntimeError."""
+    return explained(f"cannot write {path}", "free some disk space or choose a writable folder, and "
+                     "repeat the command: what was saved before is intact", OSError, RuntimeError)
 
 
 def write_atomically(path, write):
@@ -1037,8 +1042,8 @@ def write_json(path, value):
 def read_metrics(path):
     """The lines of a metrics.jsonl as dicts, without a half-written last one; [] without a file."""
     rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError), open(path) as file:
+        for line in file:
             rows.append(json.loads(line))
     return rows
 
@@ -1053,32 +1058,24 @@ def save_episode(path, image, action, reward, terminal=False):
 def load_episode(path, image_size, action_size):
     """Read and check one .npz episode -> dict of image, action, reward, terminal. Raises
     UserError."""
-    try:
+    with explained(f"{path} cannot be read as an episode", "it has plain arrays image, action, "
+                   "reward: correct or remove it", Exception):
         with np.load(path, allow_pickle=False) as file:
-            image, action, reward = (file[name] for name in ("image", "action", "reward"))
-            terminal = file["terminal"] if "terminal" in file else np.array(False)
-    except Exception as error:                            # zip, zlib, pickle, header, no such array
-        raise UserError(f"{path} cannot be read as an episode ({type(error).__name__}: {error}); "
-                        "it has plain arrays image, action, reward: correct or remove it") from None
-    L = reward.size
-    images, actions = (L + 1, image_size, image_size, 3), (L, action_size)
-    for name, array, wanted, fine in (
-            ("reward", reward, "finite numbers (L,) with at least one step",
-             reward.dtype.kind in "fiub" and reward.shape == (L,) and L
-             and np.isfinite(reward).all()),
-            ("action", action, f"floating point of shape {actions}, finite and in [-1, 1]",
-             action.dtype.kind == "f" and action.shape == actions and abs(action).max() <= 1.001),
-            ("image", image, f"uint8 of shape {images}, one more than rewards",
-             image.dtype == np.uint8 and image.shape == images),
-            ("terminal", terminal, "one bool", terminal.size == 1)):
-        if not fine:
-            found = f"{array.dtype} {array.shape}"
-            if array.size and array.dtype.kind in "fiu":
-                found += f" from {array.min():g} to {array.max():g}"
-            raise UserError(f"{path}: {name} must be {wanted}, found {found}; correct the file or "
-                            "remove it")
-    return {"image": image, "action": action.astype(np.float32),
-            "reward": reward.astype(np.float32), "terminal": bool(terminal)}
+            episode = {name: file[name] for name in ("image", "action", "reward")}
+            episode["terminal"] = np.squeeze(file.get("terminal", False))
+    L, P, numbers = episode["reward"].size, image_size, ("float", "int", "uint", "bool")
+    for name, wanted, kinds, shape, limit in (
+            ("reward", "finite numbers, at least one step", numbers, (L,), np.inf),
+            ("action", "floating point, finite and in [-1, 1]", "float", (L, action_size), 1.001),
+            ("image", "uint8, one more than rewards", "uint8", (L + 1, P, P, 3), 256),
+            ("terminal", "one bool", numbers, (), np.inf)):
+        array = episode[name]
+        fits = L and array.dtype.name.startswith(kinds) and array.shape == shape
+        if not (fits and (abs(array) < limit).all()):
+            raise UserError(f"{path}: {name} must be {wanted}, of shape {shape}, but is "
+                            f"{array.dtype} {array.shape}; correct the file or remove it")
+    return {"image": episode["image"], "action": episode["action"].astype(np.float32),
+            "reward": episode["reward"].astype(np.float32), "terminal": bool(episode["terminal"])}
 
 
 class Replay:
@@ -1142,11 +1139,9 @@ def extra(name):
     here = Path(__file__).resolve().parent
     if name not in sys.modules:
         sys.path[:0] = [str(here / "experiments"), str(here)]
-    try:
+    with explained(f"cannot import {name}", "moto.py needs experiments/ beside it, and "
+                   "requirements.txt installed", ModuleNotFoundError):
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error}: moto.py needs experiments/ beside it, and requirements.txt "
-                        "installed") from None
 
 
 def make_env(cfg):
@@ -1375,18 +1370,14 @@ class Run:
     def read_checkpoint(self):
         """The checkpoint, or None where there is no run. Raises UserError on one that cannot be
         continued with this config. Weights only: a stranger's file runs nothing."""
-        try:
-            path = self.dir / "checkpoint.pt"
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            config, done = checkpoint["config"], checkpoint["state"]["updates"]
-        except Exception as error:
-            rows = read_metrics(self.dir / "metrics.jsonl")
-            scored = any(row.get("evaluation") == "offline" for row in rows)
-            if scored or [*self.dir.glob("*.pt")]:
-                raise UserError(f"{self.dir} holds a run, but its checkpoint cannot be read ("
-                                f"{type(error).__name__}: {error}): it cannot be continued; choose "
-                                "another --logdir or remove the folder") from None
+        rows = read_metrics(self.dir / "metrics.jsonl")
+        scored = any(row.get("evaluation") == "offline" for row in rows)
+        if not (scored or [*self.dir.glob("*.pt")]):
             return None
+        with explained(f"the run in {self.dir} cannot be continued without its checkpoint",
+                       "choose another --logdir or remove the folder", Exception):
+            checkpoint = torch.load(self.dir / "checkpoint.pt", "cpu", weights_only=True)
+            config, done = checkpoint["config"], checkpoint["state"]["updates"]
         changed = differences(config, dataclasses.asdict(self.cfg))
         if changed:
             listed = "; ".join(f"{name} ({there} there, {here} now)"
@@ -1401,44 +1392,41 @@ class Run:
 
     def restore(self, checkpoint):
         """Set everything to where the checkpoint left it."""
-        try:
+        with explained(f"the checkpoint in {self.dir} does not fit this program", "use the moto.py "
+                       "in that folder or choose another --logdir", Exception):
             self.agent.load_state_dict(checkpoint["agent"])
             self.state = checkpoint["state"]
             self.rng.bit_generator.state = json.loads(checkpoint["numpy_rng"])
             torch.set_rng_state(checkpoint["torch_rng"])
             if self.agent.device.type == "cuda" and "cuda_rng" in checkpoint:
                 torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.agent.device)
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"the checkpoint in {self.dir} does not fit this program ({error}); "
-                            "use the moto.py in that folder or choose another --logdir") from None
 
     def load_agent(self):
         """Set what acts from agent.pt."""
-        path = self.dir / "agent.pt"
-        try:
-            agent = torch.load(path, map_location="cpu", weights_only=True)
+        with explained(f"the agent in {self.dir} cannot be used", "train until the first "
+                       "checkpoint, or use the moto.py in that folder", Exception):
+            agent = torch.load(self.dir / "agent.pt", "cpu", weights_only=True)
             self.agent.load_acting(agent["modules"])
             self.state["updates"] = agent["updates"]
-        except Exception as error:                        # missing, damaged, of another version
-            raise UserError(f"{path} cannot be used ({type(error).__name__}: {error}); train until "
-                            "the first checkpoint, or use the moto.py in that folder") from None
+
+    def load(self, path):
+        """A saved episode. Raises UserError on one that is not of this task."""
+        episode = load_episode(path, self.cfg.image_size, self.env.action_size)
+        if self.cfg.reward_head == "bernoulli" and not np.isin(episode["reward"], (0, 1)).all():
+            raise UserError(f"{path}: a reward is neither 0 nor 1; use --reward-head normal")
+        return episode
 
     def open_data(self):
         """Bring offline and, on resuming, online episodes into memory. Raises UserError where they
         have no room, and where the offline ones are not those that the run began with."""
-        cfg, started, action_size = self.cfg, time.perf_counter(), self.env.action_size
-        most = max(cfg.online_episodes, self.state["episodes"])        # one may be ahead
-        paths = offline_paths(cfg, self.workers)
-        episodes = [load_episode(path, cfg.image_size, action_size) for path in paths]
-        rewards = [episode["reward"] for episode in episodes]
-        self.check_reward(np.concatenate(rewards))
+        cfg, started = self.cfg, time.perf_counter()
+        episodes = [self.load(path) for path in offline_paths(cfg, self.workers)]
         steps = sum(len(episode["image"]) for episode in episodes)
+        most = max(cfg.online_episodes, self.state["episodes"])        # one may be ahead
         capacity = steps + most * (cfg.episode_steps + 1)
-        try:
-            self.replay = Replay(capacity, cfg.image_size, action_size, cfg.device)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise UserError(f"no room for a replay of {capacity:,} steps ({error}); lower "
-                            "--online-episodes or --image-size") from None
+        with explained(f"no room for a replay of {capacity:,} steps", "lower --online-episodes or "
+                       "--image-size", MemoryError, torch.OutOfMemoryError):
+            self.replay = Replay(capacity, cfg.image_size, self.env.action_size, cfg.device)
         digest = hashlib.sha256()
         for episode in episodes:
             self.replay.add(episode)
@@ -1454,16 +1442,9 @@ class Run:
             self.add_online(index)
         self.clock("demonstrations", started)
 
-    def check_reward(self, reward):
-        if self.cfg.reward_head == "bernoulli" and not np.isin(reward, (0, 1)).all():
-            raise UserError("a reward is neither 0 nor 1; use --reward-head normal")
-
     def add_online(self, index):
         """Bring a saved online episode into memory."""
-        path = self.episode_path(index)
-        episode = load_episode(path, self.cfg.image_size, self.env.action_size)
-        self.check_reward(episode["reward"])
-        self.replay.add(episode, "online")
+        self.replay.add(self.load(self.episode_path(index)), "online")
 
     def episode_path(self, index):
         return self.dir / "episodes" / f"{index:05d}.npz"
@@ -1510,11 +1491,9 @@ class Run:
     def update(self, bar, stage):
         """The update of both phases: sample, learn, count, log, save, and stop here if asked."""
         cfg, started, n = self.cfg, time.perf_counter(), self.state["updates"] + 1
-        try:
+        with explained(f"learning failed at update {n}", "lower --model-lr, --actor-lr and "
+                       "--critic-lr or use --precision float32", FloatingPointError):
             metrics = self.agent.update(sample_batch(cfg, self.rng, self.replay))
-        except FloatingPointError as error:
-            raise UserError(f"{error} at update {n}; lower --model-lr, --actor-lr and --critic-lr "
-                            "or use --precision float32") from None
         self.state["updates"] = n
         self.clock(stage, started)
         pending = self.state["pending"]
@@ -1769,11 +1748,9 @@ def open_run(logdir, **given):
     """The run in a folder that has config.json and agent.pt, with what acts alone, on this machine.
     Raises UserError."""
     logdir = os.path.expanduser(logdir)
-    try:
+    with explained(f"{logdir} is no run folder", "--evaluate takes a run's --logdir", OSError,
+                   ValueError, KeyError):
         config = json.loads((Path(logdir) / "config.json").read_text())["config"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{logdir} is no run folder ({error}); --evaluate takes a run's --logdir"
-                        ) from None
     other = config.keys() ^ vars(Config()).keys()
     if other:
         raise UserError(f"{logdir} was made by another version of this program, with or without "
