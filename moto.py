@@ -40,9 +40,8 @@ Time:    a[t] and r[t] are the action that led INTO x[t] and the reward received
          a[0] = 0, r[0] = 0. So the action that leaves s[t] is a[t+1].
 Sharp edges are marked "SHARP"; departures from the paper "DEPARTURE" (README lists them all).
 """
-import argparse, atexit, contextlib, copy, dataclasses, difflib, functools, hashlib
-import importlib.metadata, importlib.util, inspect, json, math, multiprocessing, os, platform
-import signal, subprocess, sys, threading, time, timeit
+import argparse, atexit, contextlib, copy, dataclasses, difflib, functools, hashlib, importlib
+import inspect, json, math, multiprocessing, os, pickle, signal, sys, threading, time, timeit
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,7 +175,7 @@ class Stopped(BaseException):
 
 
 stop_requested = {"signal": None}
-worker = {}                             # in a rollout worker's process: cfg, env and policy
+worker = {}                             # in a rollout worker's process: its cfg and env
 sys.modules.setdefault("moto", sys.modules[__name__])    # experiments/ import this very module
 
 
@@ -1201,7 +1200,7 @@ def evaluate(cfg, workers, agent, episodes, first=0):
     of 1 / (1 - gamma); `episodes`; and what the environment's own score adds."""
     rows, values, rewards, videos, gamma = [], [], [], [], cfg.gamma
     seeds = [episode_seed(cfg, "evaluation", first + index) for index in range(episodes)]
-    played = workers.play(agent.ema_policy, seeds, sample=False)
+    played = workers.play(agent.ema_policy, seeds)
     for episode in tqdm(played, total=episodes, desc="evaluation", leave=False):
         reward = episode["reward"]
         discounted = (1 - gamma) * sum(gamma ** t * r for t, r in enumerate(reward))
@@ -1228,14 +1227,11 @@ def init_worker(cfg):
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     worker["cfg"] = cfg
-    env = make_env(cfg)
-    atexit.register(env.close)                            # SHARP: EGL complains of an open renderer
-    cpu = dataclasses.replace(cfg, device="cpu")
-    agent = make_agent(cpu, env.action_size, env.terminates, "cpu")
-    worker.update(env=env, policy=agent.ema_policy)
+    worker["env"] = make_env(cfg)
+    atexit.register(worker["env"].close)                  # SHARP: EGL complains of an open renderer
 
 
-def call_here(function, item):
+def call_in_worker(function, item):
     return function(worker["cfg"], worker["env"], item)
 
 
@@ -1243,18 +1239,15 @@ def ready(cfg, env, item):
     """Called once by each rollout worker: fails if it cannot start."""
 
 
-def play_here(cfg, env, item):
-    weights, seed, sample = item
-    policy = worker["policy"]
-    weights = {name: torch.from_numpy(value) for name, value in weights.items()}
-    policy.load_state_dict(weights)
-    return rollout(cfg, env, policy, seed, sample)
+def play_episode(cfg, env, item):
+    policy, seed = item
+    return rollout(cfg, env, pickle.loads(policy), seed)
 
 
 class RolloutWorkers:
-    """Processes that play episodes, each with a simulator and a policy of its own, on one core.
-    With one worker all is played here, in this process. Raises EpisodeError where one does not
-    start or has died."""
+    """Processes that play episodes, each with a simulator of its own, on one core. With one worker
+    all is played here, in this process. Raises EpisodeError where one does not start or has
+    died."""
 
     def __init__(self, cfg, env):
         self.cfg, self.env, self.pool = cfg, env, None
@@ -1265,23 +1258,20 @@ class RolloutWorkers:
 
     def each(self, function, items):
         """function(cfg, env, item) for each item, in order, as a generator."""
-        if self.pool is None:
-            yield from (function(self.cfg, self.env, item) for item in items)
-            return
+        here = functools.partial(function, self.cfg, self.env)
+        there = functools.partial(call_in_worker, function)
         try:
-            yield from self.pool.map(functools.partial(call_here, function), items)
+            yield from self.pool.map(there, items) if self.pool else map(here, items)
         except BrokenExecutor:
             exit_if_asked()                               # the signal went to all of them
             raise EpisodeError("a rollout worker has died (out of memory? it may have said why): "
                                "use --workers 1. A script must call moto.main under `if __name__ "
                                "== \"__main__\":`, and register agents above it") from None
 
-    def play(self, policy, seeds, sample):
-        """A `rollout` per seed with the policy's present weights, as a generator."""
-        if self.pool is None:
-            return (rollout(self.cfg, self.env, policy, seed, sample) for seed in seeds)
-        weights = {name: value.cpu().numpy().copy() for name, value in policy.state_dict().items()}
-        return self.each(play_here, [(weights, seed, sample) for seed in seeds])
+    def play(self, policy, seeds):
+        """A `rollout` per seed by the policy as it is now, on the CPU, as a generator."""
+        policy = pickle.dumps(copy.deepcopy(policy).cpu())
+        return self.each(play_episode, [(policy, seed) for seed in seeds])
 
     def close(self):
         if self.pool:
@@ -1291,14 +1281,6 @@ class RolloutWorkers:
 def cores():
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def machine(device):
-    """The name of the GPU, or of the processor with the number of cores."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    name = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
-    return f"{cores()} cores of {name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 # ---- A run: its folder, its state, its checkpoint ------------------------------------------------
@@ -1454,25 +1436,19 @@ class Run:
         self.env.close()
 
     def describe(self):
-        """Write config.json (config, versions, device, git state) and copies of the source: this
-        file, the agent's and the environment's."""
-        command, commit = ["git", "describe", "--always", "--dirty"], ""
-        with contextlib.suppress(OSError):                             # there may be no git
-            commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True,
-                                    text=True).stdout.strip()
-        versions = {"python": platform.python_version()}
-        for name in ("torch", "numpy", "mujoco", "metaworld", "gymnasium"):
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                versions[name] = importlib.metadata.version(name)
+        """Write config.json (config, versions, device, environment) and copies of the source: this
+        file, the agent's, and what is in use of experiments/."""
+        gpu = self.agent.device.type == "cuda"
         write_json(self.dir / "config.json", {
-            "config": dataclasses.asdict(self.cfg), "versions": versions, "git": commit,
-            "device": machine(self.cfg.device), "environment": self.env.describe()})
-        parts = [inspect.getmodule(MOTO), inspect.getmodule(type(self.agent))]
-        files = {Path(part.__file__) for part in parts if hasattr(part, "__file__")}
-        files |= {Path(part.__file__) for part in [*sys.modules.values()]
-                  if Path(getattr(part, "__file__", None) or "").parent.name == "experiments"}
-        for file in files:
-            write_atomically(self.dir / file.name, lambda f, file=file: f.write(file.read_bytes()))
+            "config": dataclasses.asdict(self.cfg), "environment": self.env.describe(),
+            "device": torch.cuda.get_device_name() if gpu else f"{cores()} CPU cores",
+            "versions": {"python": sys.version, "torch": torch.__version__,
+                         "numpy": np.__version__}})
+        needed = sys.modules["moto"], inspect.getmodule(type(self.agent))
+        for module in [*sys.modules.values()]:
+            file = Path(getattr(module, "__file__", None) or "")
+            if file.parent.name == "experiments" or module in needed and file.is_file():
+                write_atomically(self.dir / file.name, lambda f, file=file: f.write(file.read_bytes()))
 
     def forget_later_metrics(self):
         """Cut metrics.jsonl to its length when the checkpoint was written."""

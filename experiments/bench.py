@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import platform
 import sys
 import time
 from pathlib import Path
@@ -58,6 +59,14 @@ def measured_peak(cfg):
     calls = {n: (lambda m: lambda: m @ m)(m) for n, m in squares.items()}
     medians(calls, 3, cfg.device)
     return max(2 * n ** 3 / seconds for n, seconds in medians(calls, 15, cfg.device).items())
+
+
+def machine(device):
+    """The name of the GPU, or of the processor with the number of cores."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    name = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    return f"{moto.cores()} cores of {name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def gpu_memory_gb(device):
@@ -240,7 +249,7 @@ def bench(cfg):
         raise moto.UserError(f"the bench measures the parts of MOTO; {cfg.variant} has none of "
                            "them: choose another --variant")
     learner(cfg)
-    result = {"machine": moto.machine(cfg.device), "torch": torch.__version__,
+    result = {"machine": machine(cfg.device), "torch": torch.__version__,
               "threads": torch.get_num_threads(), "preset": cfg.preset, "device": cfg.device,
               "precision": cfg.precision, "peak_memory_gb": peak_memory_gb(),
               "gpu_memory_gb": gpu_memory_gb(cfg.device)}

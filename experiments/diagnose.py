@@ -68,7 +68,7 @@ def diagnose(run, episodes):
     cfg, agent, rng = run.cfg, run.agent, np.random.default_rng(0)
     seeds = [moto.episode_seed(cfg, "evaluation", 30_000 + index) for index in range(episodes)]
     values, first_success, u = [], [], [[], [], []]
-    for episode in run.workers.play(agent.ema_policy, seeds, sample=False):
+    for episode in run.workers.play(agent.ema_policy, seeds):
         values.append(values_along(agent, episode))
         reward = np.array([0, *episode["reward"]])
         first_success.append(int(reward.argmax()) if episode["success"] else np.inf)
