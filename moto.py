@@ -1013,8 +1013,9 @@ def explained(what, remedy, *kinds):
 
 def writing(path):
     """Makes a UserError of a full or unwritable disk; torch.save's is a RuntimeError."""
-    return explained(f"cannot write {path}", "free some disk space or choose a writable folder, and "
-                     "repeat the command: what was saved before is intact", OSError, RuntimeError)
+    return explained(f"cannot write {path}", "free some disk space or choose a writable folder, "
+                     "and repeat the command: what was saved before is intact",
+                     OSError, RuntimeError)
 
 
 def write_atomically(path, write):
@@ -1438,17 +1439,19 @@ class Run:
     def describe(self):
         """Write config.json (config, versions, device, environment) and copies of the source: this
         file, the agent's, and what is in use of experiments/."""
-        gpu = self.agent.device.type == "cuda"
+        device = f"{cores()} CPU cores"
+        if self.agent.device.type == "cuda":
+            device = torch.cuda.get_device_name(self.agent.device)
         write_json(self.dir / "config.json", {
             "config": dataclasses.asdict(self.cfg), "environment": self.env.describe(),
-            "device": torch.cuda.get_device_name() if gpu else f"{cores()} CPU cores",
+            "device": device,
             "versions": {"python": sys.version, "torch": torch.__version__,
                          "numpy": np.__version__}})
         needed = sys.modules["moto"], inspect.getmodule(type(self.agent))
         for module in [*sys.modules.values()]:
             file = Path(getattr(module, "__file__", None) or "")
             if file.parent.name == "experiments" or module in needed and file.is_file():
-                write_atomically(self.dir / file.name, lambda f, file=file: f.write(file.read_bytes()))
+                write_atomically(self.dir / file.name, lambda copy: copy.write(file.read_bytes()))
 
     def forget_later_metrics(self):
         """Cut metrics.jsonl to its length when the checkpoint was written."""
@@ -1571,8 +1574,7 @@ def add_config_flags(parser):
 
 
 def parse(argv):
-    """Words of a command line -> (Config, dict of --evaluate and --episodes, dict of the other
-    flags), both dicts with what is given alone. Raises UserError."""
+    """Words of a command line -> dict of the flags that are given. Raises UserError."""
     parser = argparse.ArgumentParser(
         prog="moto.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         usage="moto.py [--FLAG VALUE ...] | --evaluate LOGDIR [--episodes N] [--workers N] "
@@ -1581,15 +1583,14 @@ def parse(argv):
     parser.add_argument("--episodes", type=int, metavar="N", help="how many, with --evaluate")
     add_config_flags(parser)
     given = vars(parser.parse_args(argv))
-    commands = {name: given.pop(name) for name in ("evaluate", "episodes") if name in given}
-    command, unused = "training", commands.keys()
-    if "evaluate" in commands:
-        command, unused = "--evaluate", given.keys() - {"workers", "device"}
+    command, unused = "training", given.keys() & {"episodes"}
+    if "evaluate" in given:
+        command, unused = "--evaluate", given.keys() - {"evaluate", "episodes", "workers", "device"}
     for name in unused:
         raise UserError(f"--{name.replace('_', '-')} is not used by {command}; leave it out")
-    if commands.get("episodes", 1) < 1:
-        raise UserError(f"--episodes is {commands['episodes']} but must be at least 1")
-    return build_config(**given), commands, given
+    if given.get("episodes", 1) < 1:
+        raise UserError(f"--episodes is {given['episodes']} but must be at least 1")
+    return given
 
 
 def build_config(**given):
@@ -1778,11 +1779,11 @@ def exit_code(command, argv=None):
 
 def train_or_evaluate(argv):
     """The two commands of this file. Raises UserError."""
-    cfg, commands, given = parse(argv)
-    if "evaluate" in commands:
-        evaluate_run(commands["evaluate"], commands.get("episodes"), **given)
+    given = parse(argv)
+    if "evaluate" in given:
+        evaluate_run(given.pop("evaluate"), **given)
     else:
-        train(cfg)
+        train(build_config(**given))
 
 
 def main(argv=None):

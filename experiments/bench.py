@@ -295,10 +295,10 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options, rest = parser.parse_known_args(argv)
     try:
-        cfg, commands, _ = moto.parse(rest)
-        if commands:
-            raise moto.UserError(f"--{'/--'.join(commands)} is for moto.py, not for the bench")
-        result = bench(cfg)
+        given = moto.parse(rest)
+        if "evaluate" in given:
+            raise moto.UserError("--evaluate is for moto.py, not for the bench")
+        result = bench(moto.build_config(**given))
         print(json.dumps(result, indent=1) if options.json else as_table(result))
     except moto.UserError as trouble:
         print(f"moto: {trouble}", file=sys.stderr)
