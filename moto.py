@@ -1437,33 +1437,26 @@ class Run:
         self.env.close()
 
     def describe(self):
-        """Write config.json (config, versions, device, environment) and copies of the source: this
+        """Write config.json (config, environment, versions, machine) and copies of the source: this
         file, the agent's, and what is in use of experiments/."""
-        device = f"{cores()} CPU cores"
-        if self.agent.device.type == "cuda":
-            device = torch.cuda.get_device_name(self.agent.device)
+        versions = {"python": sys.version, "torch": torch.__version__, "numpy": np.__version__}
+        gpus = [*map(torch.cuda.get_device_name, range(torch.cuda.device_count()))]
         write_json(self.dir / "config.json", {
             "config": dataclasses.asdict(self.cfg), "environment": self.env.describe(),
-            "device": device,
-            "versions": {"python": sys.version, "torch": torch.__version__,
-                         "numpy": np.__version__}})
+            "versions": versions, "cores": cores(), "gpus": gpus})
         needed = sys.modules["moto"], inspect.getmodule(type(self.agent))
         for module in [*sys.modules.values()]:
             file = Path(getattr(module, "__file__", None) or "")
             if file.parent.name == "experiments" or module in needed and file.is_file():
                 write_atomically(self.dir / file.name, lambda copy: copy.write(file.read_bytes()))
 
-    def forget_later_metrics(self):
-        """Cut metrics.jsonl to its length when the checkpoint was written."""
-        with open(self.dir / "metrics.jsonl", "ab") as file:
-            file.truncate(min(file.tell(), self.state["logged"]))
-
     def log(self, row):
-        """Append a line to metrics.jsonl."""
+        """Append a line to metrics.jsonl, over what was logged after the last checkpoint."""
         counters = {name: self.state[name] for name in ("updates", "env_steps")}
         row = counters | {"seconds": round(sum(self.state["seconds"].values()), 2)} | row
         path = self.dir / "metrics.jsonl"
         with writing(path), open(path, "ab") as file:
+            file.truncate(min(file.tell(), self.state["logged"]))
             file.write(json.dumps(row).encode() + b"\n")
             self.state["logged"] = file.tell()
 
@@ -1607,13 +1600,12 @@ def build_config(**given):
     gpu = given["device"].startswith("cuda")
     if given["preset"] == "auto":
         given["preset"] = "paper" if gpu else "laptop"
-    preset, task = given["preset"], given.get("task")
-    task = TASKS[preset].get(task, {})
+    preset = given["preset"]
+    task = TASKS[preset].get(given.get("task"), {})
     cfg = Config(**(PRESETS[preset] | task | VARIANTS[given["variant"]] | given))
     cfg.workers = cfg.workers or min(8, cores())
     if cfg.reward_head == "auto":
-        sparse = not cfg.task.startswith(("gym:", "kitchen-"))
-        cfg.reward_head = "bernoulli" if sparse else "normal"
+        cfg.reward_head = "normal" if cfg.task.startswith(("gym:", "kitchen-")) else "bernoulli"
     cfg.logdir = cfg.logdir or f"runs/{run_name(cfg.task, cfg.variant, cfg.seed)}"
     for name in ("logdir", "data", "cache"):
         setattr(cfg, name, os.path.expanduser(getattr(cfg, name)))
@@ -1677,11 +1669,9 @@ def lock(folder):
         file = open(folder / ".lock", "a")
     with contextlib.suppress(ImportError, OSError):       # Windows; file systems without locks
         import fcntl
-        try:
+        with explained(f"another process is training in {folder}",
+                       "wait for it, or choose another --logdir", BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is training in {folder}; wait for it, or choose "
-                            "another --logdir") from None
     return file
 
 
@@ -1710,7 +1700,6 @@ def train(cfg):
         print(f"{cfg.task}, {cfg.variant}, seed {cfg.seed}, preset {cfg.preset}, {cfg.device}, "
               f"{cfg.precision} -> {run.dir}, from update {run.state['updates']} on")
         run.open_data()
-        run.forget_later_metrics()
         run.describe()
         try:
             pretrain(run)
@@ -1725,8 +1714,7 @@ def open_run(logdir, **given):
     """The run in a folder that has config.json and agent.pt, with what acts alone, on this machine.
     Raises UserError."""
     logdir = os.path.expanduser(logdir)
-    with explained(f"{logdir} is no run folder", "--evaluate takes a run's --logdir", OSError,
-                   ValueError, KeyError):
+    with explained(f"{logdir} is no run folder", "--evaluate takes a run's --logdir", Exception):
         config = json.loads((Path(logdir) / "config.json").read_text())["config"]
     other = config.keys() ^ vars(Config()).keys()
     if other:
