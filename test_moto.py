@@ -21,7 +21,8 @@ if getattr(moto, "__file__", None) != str(HERE / "moto.py"):         # or it is 
     spec.loader.exec_module(moto)
 sys.path.insert(0, str(HERE / "experiments"))
 import baselines, bench, demonstrations, diagnose, franka_kitchen, gym_task, meta_world, pictures
-import reproduce
+import reproduce, rollout_workers
+from rollout_workers import RolloutWorkers
 
 TINY = dict(
     task="gym:test/Dot-v0", device="cpu", precision="float32", workers=1, image_size=16,
@@ -966,7 +967,7 @@ class Echo:
 
 
 def test_evaluations_act_by_means(agent):
-    kept = moto.evaluate(agent.cfg, moto.RolloutWorkers(agent.cfg, Echo(False)), agent, 2)[1]
+    kept = moto.evaluate(agent.cfg, RolloutWorkers(agent.cfg, Echo(False)), agent, 2)[1]
     one, two = (np.array(episode["action"]) for episode in kept)
     np.testing.assert_array_equal(one, two)
     np.testing.assert_array_equal(one[0], agent.ema_policy.act(kept[0]["image"][0])[0])
@@ -1024,7 +1025,7 @@ def test_a_published_agent_opens_with_the_settings_it_was_made_with(name, monkey
 def test_the_return_of_an_evaluation_is_comparable_with_the_value_estimate(agent, ends):
     """Up to a time limit, and as if the last reward went on for ever: after a terminal there is
     nothing."""
-    workers = moto.RolloutWorkers(agent.cfg, Echo(ends))
+    workers = RolloutWorkers(agent.cfg, Echo(ends))
     result, (episode,) = moto.evaluate(agent.cfg, workers, agent, 1)
     gamma, rewards = agent.cfg.gamma, np.array(episode["reward"], float)
     on = np.append(rewards, np.full(2000, 0 if ends else rewards[-1]))
@@ -2393,7 +2394,7 @@ def test_the_value_estimate_is_for_what_acts_and_by_the_target_critics(agent):
 
 def test_rollout_workers_get_what_acts_alone_and_do_not_probe_opengl_again(drawer, monkeypatch):
     sent, policy = [], tiny_agent().ema_policy
-    workers = moto.RolloutWorkers(tiny(), drawer)
+    workers = RolloutWorkers(tiny(), drawer)
     workers.each = lambda function, items: sent.extend(acting for acting, _ in items)
     workers.play(policy, [[0, 1, 0]])
     received, image = pickle.loads(sent[0]), batch_of(tiny())["image"][0, 0].numpy()
@@ -2403,7 +2404,7 @@ def test_rollout_workers_get_what_acts_alone_and_do_not_probe_opengl_again(drawe
     np.testing.assert_array_equal(received.act(image)[0], policy.act(image)[0])
     monkeypatch.setattr(subprocess, "run", raising(AssertionError("an interpreter was started")))
     monkeypatch.delitem(sys.modules, "mujoco", raising=False)
-    monkeypatch.setitem(moto.worker, "cfg", tiny())
+    monkeypatch.setitem(rollout_workers.worker, "cfg", tiny())
     assert meta_world.choose_gl() == ""
 
 
@@ -2506,7 +2507,7 @@ def test_rollout_workers_play_what_one_process_plays(tmp_path):
 
 def test_a_rollout_worker_that_dies_is_one_sentence(drawer):
     cfg = on_drawer(preset="debug", workers=2)
-    workers, policy = moto.RolloutWorkers(cfg, drawer), moto.MOTO(cfg, 4, False, "cpu").ema_policy
+    workers, policy = RolloutWorkers(cfg, drawer), moto.MOTO(cfg, 4, False, "cpu").ema_policy
     try:
         pid = workers.pool.submit(os.getpid).result()
         waiting = workers.play(policy, [[0, 2, i] for i in range(4)])
@@ -2522,7 +2523,7 @@ def test_rollout_workers_end_with_their_parent(tmp_path):
     code = """
 import signal
 cfg = t.on_drawer(preset="debug", workers=2)
-workers = moto.RolloutWorkers(cfg, None)
+workers = t.RolloutWorkers(cfg, None)
 print(*{workers.pool.submit(os.getpid).result() for _ in range(8)}, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -2598,7 +2599,7 @@ def test_operations_are_counted_right():
 
 def test_scripted_demonstrations_succeed_are_cached_and_never_reused_wrongly(drawer, tmp_path):
     cfg = on_drawer(workers=1, demos=1, demo_noise=0.0, cache=str(tmp_path))
-    workers = moto.RolloutWorkers(cfg, drawer)
+    workers = RolloutWorkers(cfg, drawer)
     path, = demonstrations.collect_demos(cfg, workers)
     episode = moto.load_episode(path, 64, 4)
     reward = episode["reward"]
@@ -2607,7 +2608,7 @@ def test_scripted_demonstrations_succeed_are_cached_and_never_reused_wrongly(dra
     stamp = path.stat().st_mtime_ns
     assert demonstrations.collect_demos(cfg, workers) == [path] and path.stat().st_mtime_ns == stamp
     noisier = dataclasses.replace(cfg, demo_noise=0.01)
-    other, = demonstrations.collect_demos(noisier, moto.RolloutWorkers(noisier, drawer))
+    other, = demonstrations.collect_demos(noisier, RolloutWorkers(noisier, drawer))
     assert other.parent != path.parent
 
 
@@ -2618,7 +2619,7 @@ def test_processes_collect_the_demonstrations_that_one_process_collects(tmp_path
         cfg = on_drawer(workers=count, demos=3, episode_steps=53, image_size=16,
                         cache=str(tmp_path / str(count)))
         env = moto.make_env(cfg)
-        workers = moto.RolloutWorkers(cfg, env)
+        workers = RolloutWorkers(cfg, env)
         kept.append({path.name: moto.load_episode(path, 16, 4)["action"]
                      for path in demonstrations.collect_demos(cfg, workers)})
         workers.close()
@@ -2785,7 +2786,7 @@ def test_minari_states_are_rendered_and_paid_anew(kitchen, tmp_path, monkeypatch
         truth.append((np.stack(images), np.array(rewards)))
     minari_set("test/kitchen-v0", states, actions, monkeypatch, tmp_path / "minari")
     cfg = kitchen_config(data="minari:test/kitchen-v0", workers=2, cache=str(tmp_path / "cache"))
-    workers = moto.RolloutWorkers(cfg, kitchen)
+    workers = RolloutWorkers(cfg, kitchen)
     try:
         paths = moto.offline_paths(cfg, workers)
         assert len(paths) == 3 and truth[1][1].max() == 1 and truth[0][1].max() == 0
@@ -2841,7 +2842,7 @@ def test_a_wrong_minari_set_is_one_sentence(kitchen, tmp_path, monkeypatch, faul
     if fault == "another task":
         cfg = dataclasses.replace(cfg, task="hammer")
     with pytest.raises(moto.UserError, match=words):
-        moto.offline_paths(cfg, moto.RolloutWorkers(cfg, kitchen))
+        moto.offline_paths(cfg, RolloutWorkers(cfg, kitchen))
 
 
 @needs_kitchen

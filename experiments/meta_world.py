@@ -11,12 +11,14 @@ import warnings
 import numpy as np
 
 import moto
+import rollout_workers
 
 
 def choose_gl():
     """Set MUJOCO_GL before mujoco is imported: as the user wants it, else EGL, else OSMesa. Returns
     "", or, where nothing works, a sentence with cause and remedy."""
-    if not sys.platform.startswith("linux") or "mujoco" in sys.modules or moto.worker:
+    if not sys.platform.startswith("linux") or "mujoco" in sys.modules \
+            or rollout_workers.worker:
         return ""
     trial = ("import mujoco; "
              "mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 8, 8).close()")
