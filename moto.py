@@ -1,12 +1,10 @@
-"""MOTO in one file: offline pre-training to online fine-tuning for model-based robot learning,
-from pixels.
+"""MOTO in one file: offline pre-training to online fine-tuning for model-based robot learning, from
+pixels. experiments/ has tasks, rollout workers, pictures, baselines, and what runs many runs.
 
     python moto.py --task drawer-open                      # demonstrate, pre-train, fine-tune, draw
     python moto.py --task hammer --variant no-unc          # an ablation; repeated, it resumes
     python moto.py --evaluate experiments/agents/drawer-open    # score an agent on fresh episodes
     python moto.py --help                                  # every number, its symbol, its source
-
-experiments/ has tasks, baselines, pictures, and what runs many runs.
 
 The paper: Rafailov, Hatch, Kolev, Martin, Phielipp, Finn, "MOTO: Offline Pre-training to Online
 Fine-tuning for Model-based Robot Learning", CoRL 2023, arXiv 2401.03306.
@@ -1017,8 +1015,7 @@ def writing(path):
 
 
 def write_atomically(path, write):
-    """write(file) to a temporary neighbour of `path`, fsync, rename: readers see all or nothing.
-    Raises UserError on a full or unwritable disk."""
+    """write(file) to a temporary neighbour of `path`, fsync, rename: readers see all or nothing."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with writing(path):
@@ -1054,8 +1051,7 @@ def save_episode(path, image, action, reward, terminal=False):
 
 
 def load_episode(path, image_size, action_size):
-    """Read and check one .npz episode -> dict of image, action, reward, terminal. Raises
-    UserError."""
+    """One .npz episode, checked -> dict of image, action, reward, terminal. Raises UserError."""
     with explained(f"{path} cannot be read as an episode", "it has plain arrays image, action, "
                    "reward: correct or remove it", Exception):
         with np.load(path, allow_pickle=False) as file:
@@ -1226,16 +1222,6 @@ def cores():
 
 # ---- A run: its folder, its state, its checkpoint ------------------------------------------------
 
-@contextlib.contextmanager
-def decorative(what):
-    """For pictures, which nobody should lose a run for: an error inside becomes one line."""
-    try:
-        yield
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        print(f"note: no {what} ({reason})", file=sys.stderr)
-
-
 MAY_CHANGE = {"logdir", "device", "cache", "data", "online_episodes", "eval_every", "log_every",
               "save_every", "final_episodes", "precision", "workers"}  # on resuming
 
@@ -1301,8 +1287,7 @@ class Run:
                        "choose another --logdir or remove the folder", Exception):
             checkpoint = torch.load(self.dir / "checkpoint.pt", "cpu", weights_only=True)
             config, done = checkpoint["config"], checkpoint["state"]["updates"]
-        changed = differences(config, dataclasses.asdict(self.cfg))
-        if changed:
+        if changed := differences(config, dataclasses.asdict(self.cfg)):
             listed = "; ".join(f"{name} ({there} there, {here} now)"
                                for name, (there, here) in changed.items())
             raise UserError(f"{self.dir} has another config: {listed}; repeat its flags, choose "
@@ -1455,32 +1440,29 @@ def collect_online(run):
 
 def pretrain(run):
     """Offline: updates on the static data alone, then the offline score."""
-    cfg, state = run.cfg, run.state
-    done = min(state["updates"], cfg.offline_updates)
-    with tqdm(total=cfg.offline_updates, initial=done, desc="offline") as bar:
-        while state["updates"] < cfg.offline_updates:
+    state, N = run.state, run.cfg.offline_updates
+    with tqdm(total=N, initial=min(state["updates"], N), desc="offline") as bar:
+        while state["updates"] < N:
             run.score_on_the_way()
             run.update(bar, "offline")
-    if state["updates"] == cfg.offline_updates:
+    if state["updates"] == N:
         run.save()                                        # a score has a checkpoint beside it
-        run.score("offline", cfg.final_episodes)
+        run.score("offline", run.cfg.final_episodes)
         run.save()
 
 
 def finetune(run):
     """Online: one episode with the sampled policy, then U updates on old and new data together;
     again. Ends with the final score; without online episodes that is the offline score."""
-    cfg, state = run.cfg, run.state
-    total, done = planned_updates(cfg) - cfg.offline_updates, state["updates"] - cfg.offline_updates
-    with tqdm(total=total, initial=done, desc="online", disable=not total) as bar:
-        while state["updates"] < planned_updates(cfg):
+    cfg, state, N, end = run.cfg, run.state, run.cfg.offline_updates, planned_updates(run.cfg)
+    with tqdm(total=end - N, initial=state["updates"] - N, desc="online", disable=end == N) as bar:
+        while state["updates"] < end:
             state["scores"].pop("final", None)                         # of a run that was shorter
             run.score_on_the_way()
-            done = state["updates"] - cfg.offline_updates
-            if done == state["episodes"] * cfg.updates_per_episode:
+            if state["updates"] == N + state["episodes"] * cfg.updates_per_episode:
                 collect_online(run)
             run.update(bar, "online")
-    if not total:
+    if end == N:
         state["scores"]["final"] = state["scores"]["offline"]
     run.score("final", cfg.final_episodes)
     run.save()
@@ -1618,20 +1600,18 @@ def lock(folder):
 def finish(run):
     """result.json of a finished run, then its pictures."""
     cfg, state = run.cfg, run.state
-    offline, final = state["scores"]["offline"], state["scores"]["final"]
+    result = {name: getattr(cfg, name) for name in ("task", "variant", "seed", "preset", "device")}
+    result |= {f"{phase}_{key}": value for phase in ("offline", "final")
+               for key, value in state["scores"][phase].items() if key != "episodes"}
     seconds = {stage: round(value, 1) for stage, value in state["seconds"].items()}
-    scores = {f"{phase}_{key}": value for phase in ("offline", "final")
-              for key, value in state["scores"][phase].items() if key != "episodes"}
-    write_json(run.dir / "result.json", {
-        "task": cfg.task, "variant": cfg.variant, "seed": cfg.seed, "preset": cfg.preset, **scores,
-        "eval_episodes": final["episodes"], "updates": state["updates"],
-        "env_steps": state["env_steps"], "device": cfg.device,
-        "wall_seconds": seconds | {"total": round(sum(seconds.values()), 1)}})
-    print(f"success offline {offline['success']:.0%}, final {final['success']:.0%} (over "
-          f"{final['episodes']} fresh episodes) in {sum(seconds.values()) / 60:.1f} minutes; "
-          f"pictures and weights: {run.dir}")
-    with decorative("pictures"):
-        extra("pictures").draw_run(run)
+    total = round(sum(seconds.values()), 1)
+    result |= {"eval_episodes": state["scores"]["final"]["episodes"], "updates": state["updates"],
+               "env_steps": state["env_steps"], "wall_seconds": seconds | {"total": total}}
+    write_json(run.dir / "result.json", result)
+    print(f"success offline {result['offline_success']:.0%}, final {result['final_success']:.0%} "
+          f"(over {result['eval_episodes']} fresh episodes) in {total / 60:.1f} minutes; pictures "
+          f"and weights: {run.dir}")
+    extra("pictures").draw_run(run)
 
 
 def train(cfg):
@@ -1651,13 +1631,11 @@ def train(cfg):
 
 
 def open_run(logdir, **given):
-    """The run in a folder that has config.json and agent.pt, with what acts alone, on this machine.
-    Raises UserError."""
+    """The run in a folder with config.json and agent.pt, as far as it acts. Raises UserError."""
     logdir = os.path.expanduser(logdir)
     with explained(f"{logdir} is no run folder", "--evaluate takes a run's --logdir", Exception):
         config = json.loads((Path(logdir) / "config.json").read_text())["config"]
-    other = config.keys() ^ vars(Config()).keys()
-    if other:
+    if other := config.keys() ^ vars(Config()).keys():
         raise UserError(f"{logdir} was made by another version of this program, with or without "
                         f"{', '.join(sorted(other))}; use the moto.py in that folder")
     here = {"logdir": logdir, "device": "auto", "workers": min(config["workers"], cores())}
@@ -1670,8 +1648,7 @@ def evaluate_run(logdir, episodes=None, **given):
     with contextlib.closing(open_run(logdir, **given)) as run:
         cfg, episodes = run.cfg, episodes or run.cfg.final_episodes
         result, videos = evaluate(cfg, run.workers, run.agent, episodes, first=10_000)
-        with decorative("pictures"):
-            result |= extra("pictures").draw_evaluation(run, videos)
+        result |= extra("pictures").draw_evaluation(run, videos)
     print(json.dumps({"task": cfg.task, "variant": cfg.variant, "seed": cfg.seed,
                       "updates": run.state["updates"]} | result))
 

@@ -1,11 +1,22 @@
 """The pictures that a run of moto.py leaves: curve.png, prediction.png, eval.gif. moto.py imports
-this file when it draws; without it a run trains and scores all the same."""
+this file when a run has ended and its result is written."""
+import contextlib
 import sys
 
 import numpy as np
 import torch
 
 import moto
+
+
+@contextlib.contextmanager
+def decorative(what):
+    """For pictures, which nobody should lose a run for: an error inside becomes one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"note: no {what} ({reason})", file=sys.stderr)
 
 
 def as_sequence(agent, episode):
@@ -55,9 +66,9 @@ def save_figure(fig, path):
 def draw_run(run):
     """All pictures of a finished run, into its folder."""
     cfg, agent, folder = run.cfg, run.agent, run.dir
-    with moto.decorative("curve.png"):
+    with decorative("curve.png"):
         draw_curve(cfg, moto.read_metrics(folder / "metrics.jsonl"), folder / "curve.png")
-    with moto.decorative("pictures of episodes"):
+    with decorative("pictures of episodes"):
         if run.videos is None:                            # resumed after the last evaluation
             _, run.videos = moto.evaluate(cfg, run.workers, agent, min(4, cfg.final_episodes))
         write_gif(agent, run.videos, folder / "eval.gif")
@@ -69,7 +80,7 @@ def draw_run(run):
 
 def draw_evaluation(run, videos):
     """evaluate.gif and the environment's own picture -> dict of the numbers that go with it."""
-    with moto.decorative("evaluate.gif"):
+    with decorative("evaluate.gif"):
         write_gif(run.agent, videos, run.dir / "evaluate.gif")
         print(f"wrote {run.dir / 'evaluate.gif'}", file=sys.stderr)
     return draw_own(run, "evaluate-combination.png")
@@ -80,7 +91,7 @@ def draw_own(run, name):
     numbers."""
     numbers = {}
     if isinstance(run.agent, moto.MOTO) and hasattr(run.env, "draw"):
-        with moto.decorative(name):
+        with decorative(name):
             numbers = run.env.draw(run, run.dir / name)
             print(f"wrote {run.dir / name}", file=sys.stderr)
     return numbers

@@ -204,10 +204,10 @@ def plot(folders):
     ylabel = "success rate"
     if any(task in moto.KITCHENS for task in tasks):
         ylabel += " (kitchen: objects in place / 4)"
-    with moto.decorative("curves.png"):
+    with pictures.decorative("curves.png"):
         draw_groups(parent / "curves.png", tasks, ylabel, solved, ylim=(-0.03, 1.03))
     compared = {task: groups for task, groups in tasks.items() if len(groups.keys() - {"bc"}) > 1}
-    with moto.decorative("gap.png"):
+    with pictures.decorative("gap.png"):
         draw_groups(parent / "gap.png", compared or tasks,
                     "promised minus real return\n(units of 1 / (1 - gamma))", gap)
     print_table(tasks)
