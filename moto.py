@@ -1292,8 +1292,7 @@ class Run:
                                for name, (there, here) in changed.items())
             raise UserError(f"{self.dir} has another config: {listed}; repeat its flags, choose "
                             "another --logdir, or use the moto.py there")
-        planned = planned_updates(self.cfg)
-        if done > planned:
+        if done > (planned := planned_updates(self.cfg)):
             raise UserError(f"{self.dir} has {done} updates, more than the {planned} of this "
                             "budget; repeat its --online-episodes or more")
         return checkpoint
@@ -1522,9 +1521,8 @@ def build_config(**given):
     gpu = given["device"].startswith("cuda")
     if given["preset"] == "auto":
         given["preset"] = "paper" if gpu else "laptop"
-    preset = given["preset"]
-    task = TASKS[preset].get(given.get("task"), {})
-    cfg = Config(**(PRESETS[preset] | task | VARIANTS[given["variant"]] | given))
+    task = TASKS[given["preset"]].get(given.get("task"), {})
+    cfg = Config(**(PRESETS[given["preset"]] | task | VARIANTS[given["variant"]] | given))
     cfg.workers = cfg.workers or min(8, cores())
     if cfg.reward_head == "auto":
         cfg.reward_head = "normal" if cfg.task.startswith(("gym:", "kitchen-")) else "bernoulli"
