@@ -32,7 +32,7 @@ def ready(cfg, env, item):
 
 def play_episode(cfg, env, item):
     policy, seed = item
-    return moto.rollout(cfg, env, pickle.loads(policy), seed)
+    return moto.rollout(cfg, env, pickle.loads(policy), seed, sample=False)
 
 
 class RolloutWorkers:
