@@ -23,7 +23,7 @@ The algorithm:
            lowered (Eq 7)
     7.     expand the value along the imagined steps (Eq 9); critics: regress the value of the
            corrections really made on it (Eq 10, 11, 12)
-    8.     online, after some episodes: actor: raise the critics' value of its correction, and keep
+    8.     online, after some misses: actor: raise the critics' value of its correction, and keep
            the correction small (Eq 14)
 Theorem B.1 says why lowering the reward is safe (Eq 16, on a table).
 
@@ -102,7 +102,7 @@ class Config:
     beta: float = opt(0.05, "weight of the correction's square, Eq 14; 0: the policy is the "
                       "correction alone, without the behaviour prior", "[0, inf)")
     noise: float = opt(0.4, "std of the noise on online corrections, in units of c", "[0, inf)")
-    warmup: int = opt(30, "online episodes before the actor learns", "[0, inf)")
+    warmup: int = opt(10, "online episodes without success before the actor learns", "[0, inf)")
     shift: int = opt(3, "random shifts of images in cloning, in pixels [DrQ: 4 of 84]", "[0, inf)")
     target_rate: float = opt(0.02, "Eq 12: step of the target critics to the critics", "[0, 1]")
     ema_rate: float = opt(0.005, "smallest step of the averaged weights (DEPARTURE)", "[0, 1]")
@@ -770,6 +770,7 @@ class Agent:
     A subclass makes its modules, calls `prepare`, and has `update(batch)` -> metrics, `ema_policy`
     (a Policy), and `value_estimate(image)`, for an episode's first image; None without critics."""
     value_estimate = None
+    misses = 0                                            # online episodes without success so far
 
     def __init__(self, cfg, device):
         self.cfg, self.device = cfg, torch.device(device)
@@ -912,8 +913,8 @@ class MOTO(BC):
         loss, more = self.critic_terms(feat[:, -e.shape[1]:].detach().float(), e, later)
         metrics |= more | self.step(loss, "critic")
         update_target(self.target, self.critic, cfg.target_rate)
-        if online >= cfg.warmup * cfg.updates_per_episode:
-            loss, more = self.actor_terms(e)
+        if online >= 0 and self.misses >= cfg.warmup:     # SHARP: critics that have not seen what
+            loss, more = self.actor_terms(e)              # fails find corrections that make it fail
             metrics |= more | self.step(loss, "actor")    # its slopes in the critics are cleared
         if online >= 0:
             self.ema_policy.update_ema(actor=self.actor)
@@ -1244,8 +1245,8 @@ class Run:
 
     def __init__(self, cfg, acting=False):
         self.cfg, self.dir, self.videos = cfg, Path(cfg.logdir), None
-        self.state = {"updates": 0, "episodes": 0, "env_steps": 0, "seconds": {}, "scores": {},
-                      "pending": [], "logged": 0}
+        self.state = {"updates": 0, "episodes": 0, "misses": 0, "env_steps": 0, "seconds": {},
+                      "scores": {}, "pending": [], "logged": 0}
         started = time.perf_counter()
         checkpoint = None if acting else self.read_checkpoint()
         self.env = make_env(cfg)
@@ -1387,6 +1388,7 @@ class Run:
     def update(self, bar, stage):
         """The update of both phases: sample, learn, count, log, save, and stop here if asked."""
         cfg, started, n = self.cfg, time.perf_counter(), self.state["updates"] + 1
+        self.agent.misses = self.state["misses"]
         with explained(f"learning failed at update {n}", "lower --model-lr, --actor-lr and "
                        "--critic-lr or use --precision float32", FloatingPointError):
             metrics = self.agent.update(sample_batch(cfg, self.rng, self.replay))
@@ -1423,14 +1425,19 @@ class Run:
 # ---- The two loops -------------------------------------------------------------------------------
 
 def collect_online(run):
-    """Play one sampled episode, save it, and add it to the replay."""
+    """Play one episode, save it, and add it to the replay.
+
+    Every second one has no noise. SHARP: noise pushes the hand out of where mean actions leave it
+    waiting. Critics that have seen noisy decisions alone take that push for granted, and the actor
+    that they teach succeeds with noise and fails without."""
     cfg, state, started, index = run.cfg, run.state, time.perf_counter(), run.state["episodes"]
     seed = episode_seed(cfg, "online", index)
-    episode = rollout(cfg, run.env, run.agent.ema_policy, seed, sample=True)
+    episode = rollout(cfg, run.env, run.agent.ema_policy, seed, sample=index % 2 == 0)
     success = episode.pop("success")
     save_episode(run.episode_path(index), **episode)
     run.add_online(index)
     state["episodes"] += 1
+    state["misses"] += not success
     state["env_steps"] += len(episode["action"])
     run.clock("acting", started)
     run.log({"episode": index, "episode/success": float(success),
@@ -1451,7 +1458,7 @@ def pretrain(run):
 
 
 def finetune(run):
-    """Online: one episode with the sampled policy, then U updates on old and new data together;
+    """Online: one episode with the present policy, then U updates on old and new data together;
     again. Ends with the final score; without online episodes that is the offline score."""
     cfg, state, N, end = run.cfg, run.state, run.cfg.offline_updates, planned_updates(run.cfg)
     with tqdm(total=end - N, initial=state["updates"] - N, desc="online", disable=end == N) as bar:

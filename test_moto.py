@@ -49,7 +49,7 @@ def tiny_agent(terminates=True, **changes):
 
 
 def online_agent(**changes):
-    """An agent whose every update is one of the online phase, after the warm-up."""
+    """An agent whose every update is one of the online phase, and moves the actor."""
     return tiny_agent(**(dict(offline_updates=0, warmup=0) | changes))
 
 
@@ -780,16 +780,32 @@ def test_encoder_and_prior_learn_offline_and_stay_as_they_are_online():
     assert moved[2] == moved[3] == always | {"actor", "acting actor"}
 
 
-def test_the_actor_learns_after_the_warm_up_alone():
-    """No update of the offline phase (2), nor of the first two online episodes (3 each)."""
-    agent = tiny_agent(offline_updates=2, warmup=2, updates_per_episode=3)
+def test_the_actor_learns_online_after_some_misses_alone():
+    """In no update of the offline phase (2), nor before there were two."""
+    agent = tiny_agent(offline_updates=2, warmup=2)
     at, rows = [flat(agent.actor.parameters())], []
-    for _ in range(11):
+    for agent.misses in (2, 2, 0, 1, 2, 3):
         rows.append(agent.update(batch_of(agent.cfg)))
         at.append(flat(agent.actor.parameters()))
     moved = [not torch.equal(before, after) for before, after in itertools.pairwise(at)]
-    assert moved == ["actor/value" in row for row in rows] == [False] * 8 + [True] * 3
+    assert moved == ["actor/value" in row for row in rows] == [False] * 4 + [True] * 2
     assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+def test_misses_are_online_episodes_without_success_also_after_a_stop(dots, tmp_path):
+    """The actor's first update follows the miss that makes them enough, in a run in one piece and
+    in one of two."""
+    argv = dict(warmup=2, episode_steps=5, data=dots)          # too few steps to be there each time
+    for name, parts in (("whole", [8]), ("parts", [5, 8])):
+        for count in parts:
+            assert moto.main(tiny_flags(**argv, logdir=tmp_path / name, online_episodes=count)) == 0
+        rows, misses, expected, found = metrics_of(tmp_path / name), 0, [], []
+        for row in rows:
+            misses += row.get("episode/success") == 0.0
+            if "critic/q" in row and row["updates"] > 6:
+                expected.append(misses >= 2)
+                found.append("actor/value" in row)
+        assert found == expected and {True, False} <= set(expected), misses
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.0])
@@ -1413,6 +1429,20 @@ def finished(dots, tmp_path_factory):
     logdir = tmp_path_factory.mktemp("whole")
     assert run(dots, logdir) == 0
     return logdir
+
+
+def test_every_second_online_episode_has_no_noise(dots, tmp_path):
+    """Before the actor learns, what is not noise is the prior's mean action."""
+    assert run(dots, tmp_path, online_episodes=4, warmup=9, noise=0.5) == 0
+    policy = moto.open_run(tmp_path).agent.ema_policy
+    largest = []
+    for index in range(4):
+        episode, state = moto.load_episode(tmp_path / "episodes" / f"{index:05d}.npz", 16, 2), None
+        largest.append(0)
+        for image, action in zip(episode["image"], episode["action"]):
+            a, state = policy.act(image, state)
+            largest[-1] = max(largest[-1], abs(a - action).max())
+    assert max(largest[1::2]) < 0.003 < 0.01 < min(largest[::2]), largest
 
 
 def test_the_newest_ema_policy_collects_also_after_a_stop(dots, tmp_path, monkeypatch):
@@ -2890,7 +2920,7 @@ def test_moto_beats_its_own_behaviour_prior(tmp_path):
     there sooner."""
     common = dict(
         data=dot_episodes(tmp_path / "data", 12, speed=0.3, noise=0.3), batch=8, length=8,
-        channels=8, deter=64, stoch=8, hidden=64, critics=5, bound=0.3, horizon=1, warmup=6,
+        channels=8, deter=64, stoch=8, hidden=64, critics=5, bound=0.3, horizon=1, warmup=0,
         offline_updates=200, online_episodes=16, updates_per_episode=25, final_episodes=50,
         save_every=1000, model_lr=3e-3, actor_lr=1e-3, critic_lr=2e-3, gamma=0.9, log_every=50,
         reward_head="bernoulli")
