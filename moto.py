@@ -267,8 +267,7 @@ class TanhNormal:
         return (normal - 2 * (math.log(2) - n - F.softplus(-2 * n))).sum(-1)
 
     def rsample(self, noise):
-        """Standard normal noise (..., A) -> an action with gradient to mean and std, and its
-        log-density."""
+        """Standard normal noise (..., A) -> an action with gradient, and its log-density."""
         n = self.mean + self.std * noise
         return torch.tanh(n), self.log_density_at(n)
 
@@ -486,8 +485,7 @@ def model_loss(model, batch):
 # ---- Imagination under the penalty ---------------------------------------------------------------
 
 def disagreement(means):
-    """Eq 6: epistemic uncertainty u(s, a), the standard deviation of the K predicted means, its
-    mean over S.
+    """Eq 6: epistemic uncertainty u(s, a), the standard deviation of the K means, its mean over S.
 
     means (K, ..., S) -> (...). The heads saw the same data from different initialisations: where
     there was data they agree, elsewhere they need not. Zero for K = 1. Source: LOMPO;
@@ -639,8 +637,7 @@ def actor_loss(q, d, beta):
 # ---- Why the penalty is safe, on a table ---------------------------------------------------------
 
 def tabular_value(P, r, pi, gamma):
-    """State values (X,), exactly, of policy pi (X, A) under transitions P (X, A, X) and rewards
-    r (X, A)."""
+    """Exact values (X,) of policy pi (X, A) under transitions P (X, A, X), rewards r (X, A)."""
     P_pi, r_pi = np.einsum("xa,xay->xy", pi, P), (pi * r).sum(1)
     return np.linalg.solve(np.eye(len(r)) - gamma * P_pi, r_pi)
 
@@ -684,8 +681,7 @@ def to_uint8(x):
 
 
 def random_shift(image, pixels):
-    """Move each image (N, P, P, C) by up to `pixels` down and across; the edge is repeated. Source:
-    DrQ, Kostrikov et al. 2020."""
+    """Move each image (N, P, P, C) by up to `pixels` down and across; its edge repeats [DrQ]."""
     N, P = len(image), image.shape[-2]
     shift = torch.randint(-pixels, pixels + 1, (2, N, 1), device=image.device)
     rows, columns = (torch.arange(P, device=image.device) + shift).clamp(0, P - 1)
@@ -880,8 +876,7 @@ class MOTO(BC):
     `compiled`: its largest part goes through torch.compile (with CUDA graphs on a GPU)."""
 
     def __init__(self, cfg, action_size, terminates, device, compiled=False):
-        Agent.__init__(self, cfg, device)
-        self.encoder, self.prior = StackEncoder(cfg), GaussianActor(cfg, action_size)
+        super().__init__(cfg, action_size, terminates, device)
         self.model, self.actor = WorldModel(cfg, action_size, terminates), Actor(cfg, action_size)
         self.critic = Critic(cfg, action_size, cfg.critics)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
@@ -894,8 +889,7 @@ class MOTO(BC):
             self.model_terms = torch.compile(self.model_terms, mode=mode)
 
     def update(self, batch):
-        """One step of everything on a batch from Replay.sample -> metrics (floats). Raises
-        FloatingPointError."""
+        """One step of everything on a sampled batch -> metrics. Raises FloatingPointError."""
         cfg, batch, metrics = self.cfg, self.prepare_batch(batch), {}
         online = float(self.ema_policy.updates) - cfg.offline_updates
         torch.compiler.cudagraph_mark_step_begin()        # CUDA graphs reuse their memory from here
@@ -983,8 +977,7 @@ class MOTO(BC):
 
     @torch.no_grad()
     def value_estimate(self, image):
-        """The target critics' mean estimate for the decision at an episode's first image (P, P, 3),
-        in units of 1 / (1 - gamma)."""
+        """The target critics' mean at an episode's first image, in units of 1 / (1 - gamma)."""
         e, policy = self.first_feature(image), self.ema_policy
         return float(self.target(e, policy.effective(e, policy.actor(e))).mean() / self.target.unit)
 
