@@ -2339,7 +2339,14 @@ def test_what_was_logged_after_the_last_checkpoint_is_there_once(
         with pytest.raises(RuntimeError):
             run(dots, tmp_path, save_every=100)
     assert checkpoint_of(tmp_path)["state"]["updates"] == 6 < metrics_of(tmp_path)[-1]["updates"]
+    lengths, true_log = [], moto.Run.log
+
+    def measured(self, row):
+        true_log(self, row)
+        lengths.append((self.state["logged"], (tmp_path / "metrics.jsonl").stat().st_size))
+    monkeypatch.setattr(moto.Run, "log", measured)
     assert run(dots, tmp_path, save_every=100) == 0
+    assert all(logged == size for logged, size in lengths)
     assert metrics_of(tmp_path, "seconds") == metrics_of(finished, "seconds")
 
 
@@ -2426,6 +2433,7 @@ def test_rollout_workers_get_what_acts_alone_and_do_not_probe_opengl_again(drawe
     sent, policy = [], tiny_agent().ema_policy
     workers = RolloutWorkers(tiny(), drawer)
     workers.each = lambda function, items: sent.extend(acting for acting, _ in items)
+    workers.pool = True
     workers.play(policy, [[0, 1, 0]])
     received, image = pickle.loads(sent[0]), batch_of(tiny())["image"][0, 0].numpy()
     names = received.state_dict()
@@ -2661,15 +2669,19 @@ def test_processes_collect_the_demonstrations_that_one_process_collects(tmp_path
 
 def test_command_line_end_to_end_on_a_real_task(tmp_path):
     def command(*argv):
-        result = subprocess.run([sys.executable, HERE / "moto.py", *argv], capture_output=True,
-                                text=True, cwd=tmp_path)
+        result = subprocess.run([sys.executable, program, *argv], capture_output=True, text=True,
+                                cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         return result.stdout
-    logdir = tmp_path / "run"
+    logdir, program = tmp_path / "run", HERE / "moto.py"
     out = command("--task", "drawer-open", "--preset", "debug", "--logdir", logdir,
                   "--cache", tmp_path / "demos")
     assert "offline" in out and read_json(logdir / "result.json")["updates"] == 30
     assert json.loads(command("--evaluate", logdir, "--episodes", "1"))["episodes"] == 1
+    (logdir / "evaluate.gif").unlink()
+    program = logdir / "moto.py"                 # the folder has all that its own source needs
+    assert json.loads(command("--evaluate", logdir, "--episodes", "1"))["updates"] == 30
+    assert (logdir / "evaluate.gif").exists()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """The pictures that a run of moto.py leaves: curve.png, prediction.png, eval.gif. moto.py imports
-this file when a run has ended and its result is written."""
+this file when a run begins, so that its source is kept."""
 import contextlib
 import sys
 

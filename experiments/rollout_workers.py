@@ -32,7 +32,8 @@ def ready(cfg, env, item):
 
 def play_episode(cfg, env, item):
     policy, seed = item
-    return moto.rollout(cfg, env, pickle.loads(policy), seed, sample=False)
+    policy = pickle.loads(policy) if isinstance(policy, bytes) else policy
+    return moto.rollout(cfg, env, policy, seed, sample=False)
 
 
 class RolloutWorkers:
@@ -58,11 +59,13 @@ class RolloutWorkers:
             raise moto.EpisodeError(
                 "a rollout worker has died (out of memory? it may have said why): use --workers 1. "
                 "A script must call moto.main under `if __name__ == \"__main__\":`, and register "
-                "agents above it") from None
+                "environments above it") from None
 
     def play(self, policy, seeds):
-        """A `rollout` per seed by the policy as it is now, on the CPU, as a generator."""
-        policy = pickle.dumps(copy.deepcopy(policy).cpu())
+        """A `rollout` per seed by the policy as it is now, on the CPU, as a generator. With several
+        workers its classes must be importable there."""
+        policy = copy.deepcopy(policy).cpu()
+        policy = pickle.dumps(policy) if self.pool else policy
         return self.each(play_episode, [(policy, seed) for seed in seeds])
 
     def close(self):
