@@ -8,7 +8,8 @@ Every command and flag of moto.py works here, and so do its own variants. Each c
 agent with the interface of moto.MOTO: `update(batch)` -> metrics, `ema_policy`, the policy that
 plays episodes, and `value_estimate(image)` at an episode's first image. Its actor is the
 behaviour prior's network, beside two critics, on an encoder of stacked images. As with MOTO, every
-second online episode is played by mean actions. The lines at the end add them to moto.py: an algorithm of your own is added in the same way.
+second online episode is played by mean actions. The lines at the end add them to moto.py: an
+algorithm of your own is added in the same way.
 
 Axes and letters as in moto.py. T' = T - frames + 1: steps whose stack of images is complete.
 """
