@@ -1366,7 +1366,7 @@ class Run:
         for module in [*sys.modules.values()]:
             file = Path(getattr(module, "__file__", None) or "")
             if file.parent.name == "experiments" or module in needed and file.is_file():
-                write_atomically(self.dir / file.name, lambda copy: copy.write(file.read_bytes()))
+                write_atomically(self.dir / file.name, lambda out: out.write(file.read_bytes()))
 
     def log(self, row):
         """Append a line to metrics.jsonl, over what was logged after the last checkpoint."""

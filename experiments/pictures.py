@@ -174,7 +174,7 @@ def draw_curve(cfg, rows, path):
         return np.array([(r["updates"], r[name]) for r in rows if name in r]).reshape(-1, 2).T
     fig, axes = figure(11, 7, 2, 2, sharex=True)
     x, y = column("episode/success")
-    label = "online episodes (sampled; mean of last 10)"
+    label = "online episodes (half with noise; mean of 10)"
     axes[0, 0].plot(x, running_mean(y), "-C1", label=label)
     for axis, (ylabel, lines) in zip(axes.flat, CURVES.items()):
         for name, line, label in lines:
