@@ -21,7 +21,7 @@ if getattr(moto, "__file__", None) != str(HERE / "moto.py"):         # or it is 
     spec.loader.exec_module(moto)
 sys.path.insert(0, str(HERE / "experiments"))
 import baselines, bench, demonstrations, diagnose, franka_kitchen, gym_task, meta_world, pictures
-import reproduce, rollout_workers
+import reproduce, rollout_workers, toy
 from rollout_workers import RolloutWorkers
 
 TINY = dict(
@@ -2957,6 +2957,33 @@ def test_the_baselines_learn_the_toy_task(tmp_path, variant):
     assert read_json(tmp_path / "run" / "result.json")["final_success"] >= 0.7
 
 
+def test_the_toy_starts_on_the_right_and_its_scores_are_those_of_its_episodes():
+    env = toy.make()
+    demos = toy.demonstrate(env, 3)
+    assert len(demos) == 3 and all(demo["reward"].any() for demo in demos)
+    for demo in demos:
+        x, y = toy.where(demo["image"])
+        assert x[0] > 0 and np.hypot(x, y)[1:][demo["reward"] > 0].max() < toy.RADIUS + 0.1
+    steps = toy.STEPS
+    assert toy.infinite_return([0] * 2 + [1] * (steps - 2)) == pytest.approx(0.9 ** 2)
+    assert toy.infinite_return([1] + [0] * (steps - 1)) == pytest.approx(0.1)
+    learner, metrics, played = toy.train(env, demos, offline_updates=1, online_episodes=2,
+                                         updates_per_episode=2, warmup=0, episode_steps=3)
+    assert len(metrics) == 5 and "actor/value" in metrics[-1] and len(played) == 2
+    row = toy.measure(learner, played)
+    real = [toy.infinite_return(episode["reward"]) for episode in played[1]]
+    assert row["online"] == pytest.approx(np.mean(real), abs=1e-4)
+    promised = [learner.value_estimate(episode["image"][0]) for episode in played[1]
+                if toy.where(episode["image"][:1])[0][0] < 0]
+    assert row["promised_left"] == pytest.approx(np.mean(promised), abs=1e-4)
+
+
+def test_every_agent_of_the_toy_is_recorded_with_the_same_seeds():
+    recorded = read_json(toy.FILE)
+    assert set(recorded) == set(toy.AGENTS)
+    assert len({tuple(rows) for rows in recorded.values()}) == 1 and len(recorded["moto"]) >= 3
+
+
 # --------------------------------------------------------------------------------------------------
 # The notebook
 # --------------------------------------------------------------------------------------------------
@@ -2971,7 +2998,7 @@ def test_file_notebook_and_tests_have_the_same_equations(notebook):
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     numbers = lambda pattern, text: [int(n) for n in re.findall(pattern, text, re.M)]
     headings = numbers(r"^## Eq (\d+) · \S", text)
-    assert headings == sorted(headings)                       # in the order of the file
+    assert len(set(headings)) == len(headings)
     functions = numbers(r'"""Eq (\d+)', (HERE / "moto.py").read_text())
     tests = numbers(r"^def test_eq(\d+)_", (HERE / "test_moto.py").read_text())
     assert set(headings) == set(functions) == set(tests) == set(range(1, 17))
@@ -3005,7 +3032,9 @@ def test_the_committed_notebook_ran_in_order_and_is_static_and_small(notebook):
     assert kinds <= {"text/plain", "text/markdown", "image/png"}
     for cell in code:                # every picture that is drawn is there, Kitchen's included
         drawn = len(re.findall(r"^ *picture\(", cell.source, re.M))
-        assert drawn == sum("image/png" in o.get("data", {}) for o in cell.outputs), cell.source
+        shown = [o for o in cell.outputs if "image/png" in o.get("data", {})]
+        assert drawn == len(shown), cell.source
+        assert all(len(o.metadata["image/png"]["alt"]) > 20 for o in shown)
     assert (HERE / "moto_walkthrough.ipynb").stat().st_size < 1.5e6
 
 
