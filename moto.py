@@ -372,7 +372,7 @@ class WorldModel(nn.Module):
         return gaussian(self.posterior_out(self.posterior_in(h) + embed))
 
     def prior(self, h):
-        """Eq 2, the ensemble: p_k(z_t | h_t), k = 1..K. h (N, D) -> mean, std (K, N, S)."""
+        """Eq 2, the ensemble: p_m(z_t | h_t), m = 1..K. h (N, D) -> mean, std (K, N, S)."""
         return gaussian(self.priors(h))
 
     def initial(self, n, device):
@@ -464,7 +464,7 @@ def kl_balanced(q, p, balance, free_nats):
 def model_loss(model, batch):
     """Eq 4: the negative evidence lower bound, the KL averaged over the K heads.
 
-        L = -ln p(x_t|s_t) - ln p(e_t|s_t) - c_r ln p(r_t|s_t) + mean_k KL(q(z_t) || p_k(z_t)),
+        L = -ln p(x_t|s_t) - ln p(e_t|s_t) - c_r ln p(r_t|s_t) + mean_m KL(q(z_t) || p_m(z_t)),
         s_t ~ q (Eq 1)
 
     batch: dict of x (B, T, 3, P, P), a (B, T, A), r, is_terminal, is_first (B, T), and the features
@@ -511,7 +511,7 @@ def imagine(model, policy, actor, h, z, e, horizon, hold):
     """Eq 8: roll the model out under the policy, which makes H decisions of k steps each.
 
         d^j = actor(e^j);   for each of its k steps:   a = clip(b(e) + c d^j),
-        s' ~ p_k(.|s, a), k drawn afresh for each step;   e' = feature(s')
+        s' ~ p_m(.|s, a), m drawn afresh for each step;   e' = feature(s')
 
     h (N, D), z (N, S), e (N, E) of real steps; policy: a Policy, which has b and c -> dict of e
     (H+1, N, E) and the effective d (H+1, N, A), one per decision; feat (H k + 1, N, F), one per
@@ -524,8 +524,8 @@ def imagine(model, policy, actor, h, z, e, horizon, hold):
             h = model.recurrence(h, z, policy.action(e, ds[-1]))
             means, stds = model.prior(h)
             us.append(disagreement(means))
-            k = torch.randint(K, (N,), device=h.device), torch.arange(N, device=h.device)
-            z = means[k] + stds[k] * torch.randn_like(z)
+            m = torch.randint(K, (N,), device=h.device), torch.arange(N, device=h.device)
+            z = means[m] + stds[m] * torch.randn_like(z)
             feats.append(torch.cat([h, z], -1))
             e = model.feature(feats[-1]).float()
         es.append(e)

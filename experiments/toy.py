@@ -27,12 +27,13 @@ SETTINGS = dict(
     hidden=64, ensemble=3, model_lr=3e-3, actor_lr=1e-3, critic_lr=2e-3, gamma=0.9, hold=2,
     horizon=2, bound=0.4, shift=0, reward_head="bernoulli", offline_updates=300,
     online_episodes=40, updates_per_episode=15, warmup=5)
+DREAMS = dict(variant="dreamerv2", bound=1.0, hold=1, horizon=5)         # SETTINGS overrule variants
 AGENTS = {
     "cloning": dict(variant="bc", online_episodes=0),
-    "dreams alone": dict(variant="dreamerv2"),
-    "dreams alone, alpha = 1": dict(variant="dreamerv2", alpha=1.0),
-    "real steps first, alpha = 0": dict(variant="no-bc-no-unc"),
-    "real steps first": dict(variant="no-bc"),
+    "dreams alone": DREAMS,
+    "dreams alone, alpha = 1": DREAMS | dict(alpha=1.0),
+    "real steps first, alpha = 0": dict(variant="no-bc-no-unc", bound=1.0),
+    "real steps first": dict(variant="no-bc", bound=1.0),
     "moto": {},
     "moto, c = 0.1": dict(bound=0.1),
     "moto, c = 1": dict(bound=1.0),

@@ -175,5 +175,5 @@ def scoreboard(*names):
               f"{column('online_right').mean():.2f}   all {every.mean():.2f} "
               f"({every.min():.2f} to {every.max():.2f})")
     axis.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5),
-             xlim=(-0.45, 0.9), xlabel="return (x: promised)")
+             xlim=(-0.6, 0.9), xlabel="return (x: promised)")
     axis.grid(axis="y", lw=0.3)
