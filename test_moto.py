@@ -7,6 +7,7 @@ import copy, dataclasses, importlib.util, inspect, itertools, json, math, os, pi
 import signal, socket, subprocess, sys
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -101,48 +102,23 @@ def agent():
 # The toy task
 # --------------------------------------------------------------------------------------------------
 
-class Dot:
-    """A blob on a 16x16 canvas must reach the ring in the middle within 12 steps. Reward 1 while it
-    is inside."""
+class Dot(toy.Dot):
+    """The blob of the walkthrough, with actions that are mapped, too (a full one, 2, moves it 0.2),
+    and an end on the ring where asked for."""
+    action_space = gymnasium.spaces.Box(-2.0, 2.0, (2,), np.float32)
 
-    @staticmethod
-    def register():
-        import gymnasium
+    def __init__(self, render_mode=None, terminates=False):
+        super().__init__(render_mode)
+        self.terminates = terminates
 
-        class Environment(gymnasium.Env):
-            metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
-            action_space = gymnasium.spaces.Box(-2.0, 2.0, (2,), np.float32)   # is mapped, too
-            observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
-
-            def __init__(self, render_mode=None, terminates=False):
-                self.render_mode, self.terminates = render_mode, terminates
-
-            def reset(self, seed=None, options=None):
-                super().reset(seed=seed)
-                angle = self.np_random.uniform(0, 2 * np.pi)
-                self.p = 0.85 * np.array([np.cos(angle), np.sin(angle)])
-                return self.p.astype(np.float32), {}
-
-            def step(self, action):
-                self.p = np.clip(self.p + 0.1 * np.asarray(action), -1, 1)    # a full one moves 0.2
-                inside = bool(np.linalg.norm(self.p) < 0.25)
-                terminated = self.terminates and inside
-                info = {"success": inside}
-                return self.p.astype(np.float32), float(inside), terminated, False, info
-
-            def render(self):
-                y, x = np.mgrid[0:16, 0:16] / 7.5 - 1
-                blob = np.exp(-((x - self.p[0]) ** 2 + (y - self.p[1]) ** 2) / 0.3)
-                ring = (np.hypot(x, y) < 0.25) * 0.5
-                return (255 * np.stack([blob, ring, blob], -1)).astype(np.uint8)
-
-        for name, kwargs in (("test/Dot-v0", {}), ("test/DotEnds-v0", {"terminates": True})):
-            if name not in gymnasium.registry:
-                make = lambda render_mode=None, kw=kwargs: Environment(render_mode, **kw)
-                gymnasium.register(name, make)
+    def step(self, action):
+        p, reward, _, over, info = super().step(np.asarray(action) / 2)
+        return p, reward, self.terminates and info["success"], over, info
 
 
-Dot.register()
+for name, kwargs in (("test/Dot-v0", {}), ("test/DotEnds-v0", {"terminates": True})):
+    if name not in gymnasium.registry:
+        gymnasium.register(name, Dot, kwargs=kwargs)
 
 
 def dot_episodes(folder, count, speed=0.4, noise=0.5, seed=0, steps=12, **changes):
@@ -2059,7 +2035,6 @@ class Odd:
 
     @staticmethod
     def registered(**changes):
-        import gymnasium
         toy = type(gymnasium.make("test/Dot-v0").unwrapped)
         kind = type("Environment", (toy,), changes)
         name = f"test/Odd{next(Odd.count)}-v0"
@@ -2141,7 +2116,6 @@ def test_pictures_are_converted_where_that_is_unambiguous_and_refused_elsewhere(
     (-2 ** 53, 2 ** 53, np.int64), (-0.1, 5.0, np.float64), (-0.1, 0.7, np.float16),
     (-3e38, 3e38, np.float32), (-1.7e308, 1.7e308, np.float64)])
 def test_actions_are_mapped_evenly_onto_any_bounded_box(low, high, dtype):
-    import gymnasium
     box = gymnasium.spaces.Box(low, high, (1,), dtype)
     step = lambda self, action: (self.p, 0.0, False, False, {})
     env = moto.make_env(tiny(task=Odd.registered(action_space=box, step=step)))

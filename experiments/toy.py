@@ -9,7 +9,7 @@ Writes experiments/figures/toy.json, which the walkthrough reads.
 The demonstrator goes the right way, but dawdles, and always starts on the right-hand side. The
 agent has to start anywhere: on the left nobody ever was. Axes and letters as in moto.py.
 """
-import argparse, json, sys
+import argparse, itertools, json, sys
 from pathlib import Path
 
 import gymnasium
@@ -27,13 +27,12 @@ SETTINGS = dict(
     hidden=64, ensemble=3, model_lr=3e-3, actor_lr=1e-3, critic_lr=2e-3, gamma=0.9, hold=2,
     horizon=2, bound=0.4, shift=0, reward_head="bernoulli", offline_updates=300,
     online_episodes=40, updates_per_episode=15, warmup=5)
-DREAMS = dict(variant="dreamerv2", bound=1.0, hold=1, horizon=5)         # SETTINGS overrule variants
 AGENTS = {
-    "cloning": dict(variant="bc", online_episodes=0),
-    "dreams alone": DREAMS,
-    "dreams alone, alpha = 1": DREAMS | dict(alpha=1.0),
-    "real steps first, alpha = 0": dict(variant="no-bc-no-unc", bound=1.0),
-    "real steps first": dict(variant="no-bc", bound=1.0),
+    "cloning": dict(variant="bc"),
+    "dreams alone": dict(variant="dreamerv2"),
+    "dreams alone, alpha = 1": dict(variant="dreamerv2", alpha=1.0),
+    "real steps first, alpha = 0": dict(variant="no-bc-no-unc"),
+    "real steps first": dict(variant="no-bc"),
     "moto": {},
     "moto, c = 0.1": dict(bound=0.1),
     "moto, c = 1": dict(bound=1.0),
@@ -81,11 +80,12 @@ def make():
 def demonstrate(env, count=12):
     """`count` episodes, as on disk, of a slow and noisy demonstrator that starts on the right and
     arrives."""
-    episodes = []
-    for seed in range(20 * count):
+    episodes, seeds = [], itertools.count()
+    while len(episodes) < count:
+        seed = next(seeds)
         g, image = np.random.default_rng(seed), env.reset([1, 0, seed])
         images, actions, rewards, blob = [image], [], [], env.env.unwrapped
-        if blob.p[0] < 0 or len(episodes) == count:
+        if blob.p[0] < 0:
             continue
         for _ in range(STEPS):
             way = -0.35 * blob.p / max(np.linalg.norm(blob.p), 0.2)
@@ -117,7 +117,8 @@ def infinite_return(reward):
 def train(env, demonstrations, seed=0, **changes):
     """Both phases, in the open -> learner, metrics of every update, and the thirty evaluation
     episodes after each phase."""
-    cfg = moto.build_config(**SETTINGS | {"seed": seed} | changes)
+    variant = moto.VARIANTS[changes.get("variant", "moto")]            # its numbers over SETTINGS
+    cfg = moto.build_config(**SETTINGS | variant | {"seed": seed} | changes)
     rng, metrics, played = np.random.default_rng(seed), [], []
     replay = moto.Replay((STEPS + 1) * (len(demonstrations) + cfg.online_episodes), 16, 2)
     for episode in demonstrations:

@@ -52,13 +52,12 @@ def match(name, ours, expected, tolerance=1e-5):
 
 def check(name, function, tests):
     """What the tests named `tests` say when moto.<name> is replaced by `function`."""
-    program, said = test_moto.moto, io.StringIO()           # the tests read moto.py for themselves
-    original = getattr(program, name)
-    setattr(program, name, function)
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()), \
+            pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_moto.moto, name, function)       # the tests read moto.py for themselves
         pytest.main(["-q", "--tb=no", "--color=no", "-p", "no:cacheprovider", "-W", "ignore",
                      "-k", tests, str(ROOT / "test_moto.py")])
-    setattr(program, name, original)
     print(*[line.split(" in ")[0] for line in said.getvalue().splitlines()      # without seconds
             if line.startswith("FAILED") or "passed" in line or "failed" in line], sep="\n")
 
