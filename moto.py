@@ -16,8 +16,9 @@ The algorithm:
     3.     sample B sequences of T steps
     4.     offline: the behaviour prior b(a|e) imitates the demonstrations; e, the feature of three
            images, learns with it (Eq 13, 15). Online both stay as they are
-    5.     world model: filter the images into latents (Eq 1); learn to predict the next latent with
-           K heads (Eq 2), the image, the reward and e (Eq 3): the evidence lower bound (Eq 4, 5)
+    5.     world model: filter the features into latents (Eq 1); learn to predict the next latent
+           with K heads (Eq 2), the image, the reward and e (Eq 3): the evidence lower bound
+           (Eq 4, 5)
     6.     from real latents imagine H decisions of the current policy, each a correction of b's
            actions, held for k steps (Eq 8); where the K heads disagree (Eq 6) the reward is
            lowered (Eq 7)
@@ -28,12 +29,13 @@ The algorithm:
 Theorem B.1 says why lowering the reward is safe (Eq 16, on a table).
 
 Axes:    B batch, T time, T' = T - 2 (steps that have three images), H horizon, K ensemble,
-         A action, E embedding, D deterministic, S stochastic, F = D + S (state), N = B * T,
+         A action, E feature, D deterministic, S stochastic, F = D + S (state), N = B * T,
          P pixels a side, L steps of an episode.
 Letters: x image, a action, r reward, z stochastic latent, h deterministic latent, s = (h, z),
          e feature of three images, b the behaviour prior (its mean action), d correction in units
          of its bound c, k steps for which it is held, u disagreement, gamma discount, lam the
-         mixing weight of Eq 9, alpha the penalty, beta the behaviour weight.
+         mixing weight of Eq 9, alpha the penalty, beta the behaviour weight after one online
+         episode, n online episodes so far.
 Time:    a[t] and r[t] are the action that led INTO x[t] and the reward received on arriving there;
          a[0] = 0, r[0] = 0. So the action that leaves s[t] is a[t+1].
 Sharp edges are marked "SHARP"; departures from the paper "DEPARTURE" (README lists them all).
@@ -95,13 +97,14 @@ class Config:
     horizon: int = opt(1, "H, imagined decisions of k steps [LOMPO: 5 of one step]", "[0, inf)")
     gamma: float = opt(0.98, "discount", "[0, 1)")
     lam: float = opt(0.95, "Eq 9, for H > 1: 0 one decision, 1 all [DreamerV2: 0.95]", "[0, 1]")
-    alpha: float = opt(1.0, "penalty, Eq 7: reward lost where u is twice its mean", "[0, inf)")
+    alpha: float = opt(0.5, "penalty, Eq 7: reward lost where u is twice its mean", "[0, inf)")
     critics: int = opt(5, "critics; the smaller one of two drawn is used [REDQ: 10]", "[1, inf)")
     imagined: float = opt(0.0, "share of imagined transitions in the critic's loss", "[0, 1]")
     bound: float = opt(0.15, "c, the largest correction of the behaviour prior's action "
                        "(DEPARTURE)", "(0, 2]")
-    beta: float = opt(0.05, "weight of the correction's square, Eq 14; 0: the policy is the "
-                      "correction alone, without the behaviour prior", "[0, inf)")
+    beta: float = opt(5.0, "weight of the correction's square, Eq 14, after one online episode; "
+                      "after n: beta / n. 0: the policy is the correction alone, without the "
+                      "behaviour prior", "[0, inf)")
     noise: float = opt(0.4, "std of the noise on corrections in every second online episode, in "
                        "units of c", "[0, inf)")
     warmup: int = opt(10, "online episodes without success before the actor learns", "[0, inf)")
@@ -184,19 +187,18 @@ def exit_if_asked():
 
 # ---- Networks ------------------------------------------------------------------------------------
 
-class Encoder(nn.Module):
-    """Image (N, 3 * images, P, P) -> embedding (N, E), E = cfg.hidden. Source: Dreamer."""
+class Encoder(nn.Sequential):
+    """Stacked images (N, 3 * FRAMES, P, P) -> feature e (N, E), E = cfg.hidden: what the policy,
+    the critics and the world model's filter read (DEPARTURE). Layer norm and tanh keep it bounded.
+    Sources: Dreamer for the convolutions, DrQ for the rest."""
 
-    def __init__(self, cfg, images=1):
-        super().__init__()
-        widths = [3 * images] + [cfg.channels * m for m in (1, 2, 4, 8)]
-        self.convolutions = nn.Sequential(*[
-            layer for i, o in zip(widths, widths[1:])
-            for layer in (nn.Conv2d(i, o, 4, 2, 1), nn.SiLU())])
-        self.out = nn.Linear(widths[-1] * (cfg.image_size // 16) ** 2, cfg.hidden)
-
-    def forward(self, x):
-        return self.out(self.convolutions(x).flatten(1))
+    def __init__(self, cfg):
+        widths = [3 * FRAMES] + [cfg.channels * m for m in (1, 2, 4, 8)]
+        convolutions = [layer for i, o in zip(widths, widths[1:])
+                        for layer in (nn.Conv2d(i, o, 4, 2, 1), nn.SiLU())]
+        super().__init__(*convolutions, nn.Flatten(),
+                         nn.Linear(widths[-1] * (cfg.image_size // 16) ** 2, cfg.hidden), nn.SiLU(),
+                         nn.Linear(cfg.hidden, cfg.hidden), nn.LayerNorm(cfg.hidden), nn.Tanh())
 
 
 class Decoder(nn.Module):
@@ -278,15 +280,6 @@ class TanhNormal:
         return self.log_density_at(torch.atanh(a))
 
 
-class StackEncoder(nn.Sequential):
-    """Stacked images (N, 3 * FRAMES, P, P) -> feature e (N, E), what policies and critics read
-    (DEPARTURE). Layer norm and tanh keep it bounded, as in DrQ."""
-
-    def __init__(self, cfg):
-        super().__init__(Encoder(cfg, FRAMES), nn.SiLU(), nn.Linear(cfg.hidden, cfg.hidden),
-                         nn.LayerNorm(cfg.hidden), nn.Tanh())
-
-
 class GaussianActor(nn.Module):
     """Feature (..., E) -> TanhNormal over actions (..., A), MIN_STD < std < 2 + MIN_STD. As the
     behaviour prior it is b; the model-free baselines learn with it, too."""
@@ -352,12 +345,12 @@ class WorldModel(nn.Module):
         super().__init__()
         feat = cfg.deter + cfg.stoch
         self.cfg, self.action_size = cfg, action_size
-        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
+        self.decoder = Decoder(cfg)
         self.mix = nn.Sequential(nn.Linear(cfg.stoch + action_size, cfg.hidden), nn.SiLU())
         self.gru = nn.GRUCell(cfg.hidden, cfg.deter)
-        self.posterior_in = nn.Linear(cfg.deter, cfg.hidden)
-        self.posterior_out = nn.Sequential(nn.LayerNorm(cfg.hidden), nn.SiLU(),
-                                           nn.Linear(cfg.hidden, 2 * cfg.stoch))
+        self.posterior_net = nn.Sequential(
+            nn.Linear(cfg.deter + cfg.hidden, cfg.hidden), nn.LayerNorm(cfg.hidden), nn.SiLU(),
+            nn.Linear(cfg.hidden, 2 * cfg.stoch))
         self.priors = EnsembleMLP(cfg.ensemble, cfg.deter, cfg.hidden, 2 * cfg.stoch)
         self.reward = mlp(feat, cfg.hidden, 1)
         self.feature = mlp(feat, cfg.hidden, cfg.hidden)
@@ -368,9 +361,9 @@ class WorldModel(nn.Module):
         """h_t = GRU(h_{t-1}, [z_{t-1}, a_t]): (N, D), (N, S), (N, A) -> (N, D)."""
         return self.gru(self.mix(torch.cat([z, a], -1)), h.to(z.dtype)).float()
 
-    def posterior(self, h, embed):
-        """Eq 1, the filter: q(z_t | h_t, x_t). h (N, D), embed (N, E) -> mean, std (N, S)."""
-        return gaussian(self.posterior_out(self.posterior_in(h) + embed))
+    def posterior(self, h, e):
+        """Eq 1, the filter: q(z_t | h_t, e_t). h (N, D), e (N, E) -> mean, std (N, S)."""
+        return gaussian(self.posterior_net(torch.cat([h, e], -1)))
 
     def prior(self, h):
         """Eq 2, the ensemble: p_m(z_t | h_t), m = 1..K. h (N, D) -> mean, std (K, N, S)."""
@@ -381,25 +374,24 @@ class WorldModel(nn.Module):
         cfg = self.cfg
         return torch.zeros(n, cfg.deter, device=device), torch.zeros(n, cfg.stoch, device=device)
 
-    def filter_step(self, h, z, a, embed, noise):
-        """One step of Eq 1: the state, the action that leaves it, the next image's embedding -> the
-        next state h (N, D), z (N, S), and the posterior's mean, std (N, S)."""
+    def filter_step(self, h, z, a, e, noise):
+        """One step of Eq 1: the state, the action that leaves it, the feature of the next images ->
+        the next state h (N, D), z (N, S), and the posterior's mean, std (N, S)."""
         h = self.recurrence(h, z, a)
-        mean, std = self.posterior(h, embed)
+        mean, std = self.posterior(h, e)
         return h, mean + std * noise, mean, std
 
-    def observe(self, x, a, is_first):
-        """Eq 1 along sequences: x (B, T, 3, P, P), a (B, T, A), is_first (B, T) -> h, z, mean, std
+    def observe(self, e, a, is_first):
+        """Eq 1 along sequences: e (B, T, E), a (B, T, A), is_first (B, T) -> h, z, mean, std
         (B, T, .). State and action are reset where `is_first` marks a new episode."""
         B, T = a.shape[:2]
-        embed = self.encoder(x.flatten(0, 1)).unflatten(0, (B, T)).float()
         noise = torch.randn(B, T, self.cfg.stoch, device=a.device)
         keep = (~is_first).float().unsqueeze(-1)
         (h, z), steps = self.initial(B, a.device), []
         with torch.autocast(a.device.type, enabled=False):        # B rows: float32 is faster
             for t in range(T):
                 h, z, a_t = h * keep[:, t], z * keep[:, t], a[:, t] * keep[:, t]
-                h, z, mean, std = self.filter_step(h, z, a_t, embed[:, t], noise[:, t])
+                h, z, mean, std = self.filter_step(h, z, a_t, e[:, t], noise[:, t])
                 steps.append((h, z, mean, std))
         return [torch.stack(column, 1) for column in zip(*steps)]
 
@@ -421,7 +413,7 @@ def decoder_losses(model, feat, x, e, r, is_terminal):
         x_t ~ Normal(decoder(s_t), 1)       r_t ~ Bernoulli or Normal(reward(s_t), 1)
         e_t ~ Normal(feature(s_t), 1)
 
-    feat (B, T, F), x (B, T, 3, P, P), r, is_terminal (B, T); e (B, T', E), of the last T' steps.
+    feat (B, T, F), x (B, T, 3, P, P), e (B, T, E), r, is_terminal (B, T).
     Half of the images are decoded, drawn at random: their mean is an unbiased estimate. Returns a
     dict of scalars in nats per step (the Normals' without their constant). Source: Dreamer."""
     def half_square(error, first):
@@ -430,7 +422,7 @@ def decoder_losses(model, feat, x, e, r, is_terminal):
     chosen = torch.randperm(N, device=feat.device)[:max(1, N // 2)]
     image = model.decoder(feat.flatten(0, 1)[chosen])
     losses = {"image": half_square(image - x.flatten(0, 1)[chosen], 1),
-              "feature": half_square(model.feature(feat[:, -e.shape[1]:]) - e, 2)}
+              "feature": half_square(model.feature(feat) - e, 2)}
     raw = model.reward(feat).float().squeeze(-1)
     if model.cfg.reward_head == "bernoulli":
         losses["reward"] = F.binary_cross_entropy_with_logits(raw, r)
@@ -468,10 +460,10 @@ def model_loss(model, batch):
         L = -ln p(x_t|s_t) - ln p(e_t|s_t) - c_r ln p(r_t|s_t) + mean_m KL(q(z_t) || p_m(z_t)),
         s_t ~ q (Eq 1)
 
-    batch: dict of x (B, T, 3, P, P), a (B, T, A), r, is_terminal, is_first (B, T), and the features
-    e (B, T', E) of the last T' steps. Returns (loss, metrics, feat (B, T, F))."""
+    batch: dict of x (B, T, 3, P, P), e (B, T, E), a (B, T, A), r, is_terminal, is_first (B, T).
+    Returns (loss, metrics, feat (B, T, F))."""
     cfg = model.cfg
-    h, z, *posterior = model.observe(batch["x"], batch["a"], batch["is_first"])
+    h, z, *posterior = model.observe(batch["e"], batch["a"], batch["is_first"])
     feat = torch.cat([h, z], -1)
     losses = decoder_losses(model, feat, *(batch[name] for name in ("x", "e", "r", "is_terminal")))
     prior = model.prior(h.flatten(0, 1))
@@ -624,15 +616,16 @@ def behaviour_loss(prior, e, a, valid):
     return weighted_mean(action_nll(prior, e, a), valid)
 
 
-def actor_loss(q, d, beta):
+def actor_loss(q, d, weight):
     """Eq 14: raise the critics' value of the correction, stay near the behaviour prior.
 
-        L = -E[Q(e, d)] / E|Q(e, d)| + beta E[d^2],    d = actor(e)
+        L = -E[Q(e, d)] / E|Q(e, d)| + beta / n E[d^2],    d = actor(e)
 
-    q (heads, ...), d (..., A), its square averaged over A. Divided by its own size the value has no
-    scale: beta means the same at any reward, and |d| <= 1 holds the policy within c of the prior
-    whatever the critics say. Source: TD3+BC."""
-    return -q.mean() / q.abs().mean().detach().clamp(min=1e-3) + beta * d.square().mean()
+    q (heads, ...), d (..., A), its square averaged over A; weight: beta / n, n the online episodes
+    so far. The more the critics have seen of practice, the less they need the prior. Divided by its
+    own size the value has no scale: beta means the same at any reward, and |d| <= 1 holds the
+    policy within c of the prior whatever the critics say. Source: TD3+BC."""
+    return -q.mean() / q.abs().mean().detach().clamp(min=1e-3) + weight * d.square().mean()
 
 
 # ---- Why the penalty is safe, on a table ---------------------------------------------------------
@@ -723,6 +716,14 @@ class Policy(nn.Module):
         return (self.action(e, d) - self.prior_action(e)) / self.cfg.bound
 
     @torch.no_grad()
+    def encode(self, image):
+        """Features e (L, E) of an episode's first L images, uint8 (L, P, P, 3)."""
+        image = torch.as_tensor(image, device=self.updates.device)
+        image = torch.cat([image[:1]] * (FRAMES - 1) + [image])
+        stacks = [image[n:len(image) - FRAMES + 1 + n] for n in range(FRAMES)]
+        return self.encoder(to_image(torch.cat(stacks, -1)))
+
+    @torch.no_grad()
     def act(self, image, state=None, generator=None):
         """One step: uint8 image (P, P, 3), carried state (None at a reset) -> a (A,), next state.
 
@@ -789,10 +790,10 @@ class Agent:
         return batch
 
     def encode_frames(self, encoder, batch, shift):
-        """A StackEncoder on a batch, each stack shifted by itself -> e (B, T', E), and the batch of
-        (B, T', ...) without images: the first steps have no whole stack."""
+        """An Encoder on a batch, each stack shifted by itself -> e (B, T', E), and the batch of
+        (B, T', ...): the first steps have no whole stack."""
         x = stacked(batch["image"], batch["is_first"], FRAMES)
-        batch = {name: v[:, FRAMES - 1:] for name, v in batch.items() if name != "image"}
+        batch = {name: value[:, FRAMES - 1:] for name, value in batch.items()}
         x = random_shift(x.flatten(0, 1), shift) if shift else x.flatten(0, 1)
         with self.autocast():
             e = encoder(to_image(x)).float()
@@ -847,7 +848,7 @@ class BC(Agent):
 
     def __init__(self, cfg, action_size, terminates, device, compiled=False):
         super().__init__(cfg, device)
-        self.encoder, self.prior = StackEncoder(cfg), GaussianActor(cfg, action_size)
+        self.encoder, self.prior = Encoder(cfg), GaussianActor(cfg, action_size)
         self.ema_policy = Policy(cfg, self.encoder, self.prior)
         self.prepare(encoder=cfg.actor_lr, prior=cfg.actor_lr)
 
@@ -890,12 +891,12 @@ class MOTO(BC):
     def update(self, batch):
         """One step of everything on a sampled batch -> metrics. Raises FloatingPointError."""
         cfg, batch, metrics = self.cfg, self.prepare_batch(batch), {}
-        online = float(self.ema_policy.updates) - cfg.offline_updates
+        n = 1 + (float(self.ema_policy.updates) - cfg.offline_updates) // cfg.updates_per_episode
         torch.compiler.cudagraph_mark_step_begin()        # CUDA graphs reuse their memory from here
-        if online < 0:
+        if n < 1:                                         # offline
             metrics = self.update_prior(batch)
         with torch.no_grad():
-            e, later = self.encode_frames(self.ema_policy.encoder, batch, shift=0)
+            e, batch = self.encode_frames(self.ema_policy.encoder, batch, shift=0)
         with self.autocast():
             loss, more, feat = self.model_terms(batch | {"x": to_image(batch["image"]), "e": e})
         metrics |= more | self.step(loss, "model")
@@ -903,27 +904,27 @@ class MOTO(BC):
         mean.copy_(torch.where(mean == 0, u, torch.lerp(mean, u, 0.01)))
 
         # From here in float32: what a correction is worth is a small difference of large values.
-        loss, more = self.critic_terms(feat[:, -e.shape[1]:].detach().float(), e, later)
+        loss, more = self.critic_terms(feat.detach().float(), e, batch)
         metrics |= more | self.step(loss, "critic")
         update_target(self.target, self.critic, cfg.target_rate)
-        if online >= 0 and self.misses >= cfg.warmup:     # SHARP: critics that have seen no failure
-            loss, more = self.actor_terms(e)              # praise corrections that fail
+        if n >= 1 and self.misses >= cfg.warmup:          # SHARP: critics that have seen no failure
+            loss, more = self.actor_terms(e, cfg.beta / n)        # praise corrections that fail
             metrics |= more | self.step(loss, "actor")    # its slopes in the critics are cleared
-        if online >= 0:
+        if n >= 1:
             self.ema_policy.update_ema(actor=self.actor)
         return as_numbers(metrics)
 
     def model_terms(self, batch):
-        """Eq 1 to 5: a prepared batch with x and e -> loss, metrics, feat (B, T, F)."""
+        """Eq 1 to 5: a batch of (B, T', ...) with x and e -> loss, metrics, feat (B, T', F)."""
         return model_loss(self.model, batch)
 
-    def actor_terms(self, e):
+    def actor_terms(self, e, weight):
         """Eq 14 at the real features e (B, T', E) (DEPARTURE: no gradient through the model) ->
         loss, metrics, with the sizes of the two terms' gradients with respect to d."""
         d = self.actor(e)
         q = self.critic(e, self.ema_policy.effective(e, d))
-        loss = actor_loss(q, d, self.cfg.beta)
-        behaviour = 2 * self.cfg.beta * d.detach() / d.numel()
+        loss = actor_loss(q, d, weight)
+        behaviour = 2 * weight * d.detach() / d.numel()
         value = torch.autograd.grad(loss, d, retain_graph=True)[0] - behaviour
         return loss, {"actor/value": q.mean().detach() / self.critic.unit,
                       "actor/correction": d.abs().mean().detach(),
@@ -969,15 +970,11 @@ class MOTO(BC):
             metrics["critic/imagined"] = on_imagined.detach()
         return loss, metrics
 
-    def first_feature(self, image):
-        """The feature (1, E) at an episode's first image, uint8 (P, P, 3)."""
-        x = to_image(torch.as_tensor(image, device=self.device))[None]
-        return self.ema_policy.encoder(torch.cat([x] * FRAMES, 1))
-
     @torch.no_grad()
     def value_estimate(self, image):
         """The target critics' mean at an episode's first image, in units of 1 / (1 - gamma)."""
-        e, policy = self.first_feature(image), self.ema_policy
+        policy = self.ema_policy
+        e = policy.encode(image[None])
         return float(self.target(e, policy.effective(e, policy.actor(e))).mean() / self.target.unit)
 
 

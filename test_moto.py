@@ -74,11 +74,9 @@ def batch_of(cfg, B=4, T=6, A=2, seed=0):
 
 
 def prepared(batch):
-    """What model_loss takes: images as numbers, and features of the steps with a whole stack."""
-    B, T = batch["a"].shape[:2]
-    e = torch.rand(B, T - moto.FRAMES + 1, TINY["hidden"]) * 2 - 1
-    return {k: v for k, v in batch.items() if k != "image"} | {
-        "x": moto.to_image(batch["image"]), "e": e}
+    """What model_loss takes: images as numbers, and features."""
+    e = torch.rand(*batch["a"].shape[:2], TINY["hidden"]) * 2 - 1
+    return batch | {"x": moto.to_image(batch["image"]), "e": e}
 
 
 def flat(parameters):
@@ -152,23 +150,23 @@ def dots(tmp_path_factory):
 # The equations
 # --------------------------------------------------------------------------------------------------
 
-def test_eq01_filter_follows_images_and_begins_anew_at_an_episode_boundary(agent):
-    x, a = moto.to_image(batch_of(agent.cfg)["image"]), batch_of(agent.cfg)["a"]
+def test_eq01_filter_follows_features_and_begins_anew_at_an_episode_boundary(agent):
+    e, a = torch.rand(4, 6, 16) * 2 - 1, batch_of(agent.cfg)["a"]
     first = torch.zeros(4, 6, dtype=torch.bool)
     first[:, 0] = first[:, 3] = True
 
-    def run(x, a):
+    def run(e, a):
         torch.manual_seed(0)
-        return agent.model.observe(x, a, first)
-    h, z, mean, std = run(x, a)
-    x2, a2 = x.clone(), a.clone()
-    x2[:, :3], a2[:, :4] = 0, 0           # everything before the boundary, and the action into it
-    h2, _, mean2, _ = run(x2, a2)
+        return agent.model.observe(e, a, first)
+    h, z, mean, std = run(e, a)
+    e2, a2 = e.clone(), a.clone()
+    e2[:, :3], a2[:, :4] = 0, 0           # everything before the boundary, and the action into it
+    h2, _, mean2, _ = run(e2, a2)
     assert torch.equal(mean[:, 3:], mean2[:, 3:])
     assert not torch.allclose(mean[:, 1:3], mean2[:, 1:3])
-    x3 = x.clone()
-    x3[:, 4] = 0                          # x_4 changes s_4, nothing before it, and h_4 not at all
-    h3, _, mean3, _ = run(x3, a)
+    e3 = e.clone()
+    e3[:, 4] = 0                          # e_4 changes s_4, nothing before it, and h_4 not at all
+    h3, _, mean3, _ = run(e3, a)
     assert torch.equal(mean[:, :4], mean3[:, :4]) and torch.equal(h[:, 4], h3[:, 4])
     assert not torch.allclose(mean[:, 4], mean3[:, 4]) and not torch.allclose(h[:, 5], h3[:, 5])
     assert (std >= 0.1).all()
@@ -206,9 +204,9 @@ def test_eq02_imagination_draws_a_head_afresh_at_each_step(agent):
 
 @pytest.mark.parametrize("head", ["bernoulli", "normal"])
 def test_eq03_decoder_losses_are_log_likelihoods(head):
-    """Of the features the last three steps alone are known; of the images half are decoded."""
+    """Of the images half are decoded."""
     model = moto.WorldModel(tiny(reward_head=head), 2, True)
-    feat, x, e = torch.randn(2, 5, 22), torch.rand(2, 5, 3, 16, 16) - 0.5, torch.rand(2, 3, 16)
+    feat, x, e = torch.randn(2, 5, 22), torch.rand(2, 5, 3, 16, 16) - 0.5, torch.rand(2, 5, 16)
     r, terminal = (torch.rand(2, 2, 5) > 0.5).float()
     torch.manual_seed(0)
     losses = moto.decoder_losses(model, feat, x, e, r, terminal)
@@ -217,7 +215,7 @@ def test_eq03_decoder_losses_are_log_likelihoods(head):
     constant = 0.5 * math.log(2 * math.pi)                    # the Normals' losses leave it out
     pictures = D.Normal(model.decoder(feat.flatten(0, 1)), 1.0).log_prob(x.flatten(0, 1))
     image = -pictures.sum((1, 2, 3))[chosen] - 3 * 16 * 16 * constant
-    feature = -D.Normal(model.feature(feat)[:, 2:], 1.0).log_prob(e).sum(-1) - 16 * constant
+    feature = -D.Normal(model.feature(feat), 1.0).log_prob(e).sum(-1) - 16 * constant
     raw = model.reward(feat).squeeze(-1)
     if head == "bernoulli":
         reward = -D.Bernoulli(logits=raw).log_prob(r)
@@ -623,20 +621,20 @@ def test_eq14_following_the_loss_raises_the_critics_value_or_ends_at_the_prior(b
 def test_eq14_the_critics_are_asked_for_what_the_limits_of_an_action_leave():
     """Where b + c d would leave [-1, 1] the value has no slope in d, and no reward for a larger
     one."""
-    agent = online_agent(beta=1e-9, bound=0.5)
+    agent = online_agent(bound=0.5)
     agent.ema_policy.prior.net[-1].bias.data[:2] = torch.tensor([9.0, 0.0])    # b = 1, about 0
     randomised(agent.critic)
     torch.nn.init.ones_(agent.actor.net[-1].bias)                              # d > 0
-    loss, _ = agent.actor_terms(torch.rand(3, 4, 16))
+    loss, _ = agent.actor_terms(torch.rand(3, 4, 16), 1e-9)
     slope, = torch.autograd.grad(loss, agent.actor.net[-1].bias)
     assert abs(slope[0]) < 1e-7 < 1e-4 < abs(slope[1])
 
 
 def test_eq14_the_logged_gradients_are_those_of_the_two_terms():
-    agent = online_agent(beta=0.3)
+    agent = online_agent()
     randomised(agent.actor)
     e = torch.rand(4, 4, 16)
-    _, metrics = agent.actor_terms(e)
+    _, metrics = agent.actor_terms(e, 0.3)
     d = agent.actor(e).detach().requires_grad_()
     q = agent.critic(e, d)
     for name, term in (("value", -q.mean() / q.abs().mean().detach()),
@@ -645,6 +643,15 @@ def test_eq14_the_logged_gradients_are_those_of_the_two_terms():
         torch.testing.assert_close(metrics[f"actor/{name}_gradient"], gradient.norm())
         assert gradient.norm() > 0
     assert all(map(torch.isfinite, metrics.values()))
+
+
+def test_eq14_the_behaviour_weight_falls_with_the_number_of_online_episodes():
+    """Two updates an episode, all on one batch, with an actor that stands still."""
+    agent = online_agent(updates_per_episode=2, actor_lr=1e-12)
+    randomised(agent.actor)
+    gradients = [agent.update(batch_of(agent.cfg))["actor/behaviour_gradient"] for _ in range(6)]
+    expected = [gradients[0] / n for n in (1, 1, 2, 2, 3, 3)]
+    np.testing.assert_allclose(gradients, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("mean,std", [(0.0, 1.0), (1.5, 0.4), (-0.3, 2.0)])
@@ -784,7 +791,7 @@ def test_misses_are_online_episodes_without_success_also_after_a_stop(dots, tmp_
         assert found == expected and {True, False} <= set(expected), misses
 
 
-@pytest.mark.parametrize("beta", [0.05, 0.0])
+@pytest.mark.parametrize("beta", [5.0, 0.0])
 def test_a_fresh_agent_acts_as_its_behaviour_prior(beta):
     """The correction begins at exactly zero. Without a behaviour term that is the whole action."""
     policy, state, prior_state = tiny_agent(beta=beta).ema_policy, None, None
@@ -1128,6 +1135,7 @@ def test_acting_stacks_the_frames_as_training_does(variant):
     batch = {"image": padded, "is_first": torch.zeros(1, 7, dtype=torch.bool),
              "a": torch.zeros(1, 7, 2)}
     e = agent.encode_frames(policy.encoder, batch, 0)[0][0]
+    torch.testing.assert_close(policy.encode(image), e)
     for t in range(5):
         a, state = policy.act(image[t].numpy(), state)
         np.testing.assert_allclose(a, policy.prior(e[t]).mode, atol=1e-5)
@@ -1137,9 +1145,8 @@ def test_features_are_those_of_the_steps_with_a_whole_stack(agent):
     """e and every other part of the batch are aligned; each stack is shifted by itself."""
     batch = agent.prepare_batch(batch_of(agent.cfg))
     e, later = agent.encode_frames(agent.encoder, batch, 0)
-    assert e.shape == (4, 4, 16) and "image" not in later
-    assert torch.equal(later["a"], batch["a"][:, 2:])
-    assert torch.equal(later["valid"], batch["valid"][:, 2:])
+    assert e.shape == (4, 4, 16)
+    assert all(torch.equal(later[name], value[:, 2:]) for name, value in batch.items())
     for t in range(2, 6):
         stack = torch.cat([batch["image"][:, t - n] for n in (2, 1, 0)], -1)
         torch.testing.assert_close(e[:, t - 2], agent.encoder(moto.to_image(stack)))
@@ -1733,12 +1740,12 @@ def test_a_sweep_runs_all_reports_failures_and_skips_what_is_finished(
 
 def test_flags_of_a_sweep_leave_a_variant_what_it_is(dots, tmp_path):
     variants = "no-bc", "no-unc", "bc"
-    shared = dict(online_episodes=1, beta=0.2, alpha=0.5)
+    shared = dict(online_episodes=1, beta=0.2, alpha=0.4)
     argv = [*sweep_flags(dots, tmp_path, **shared), "--tasks", DOT, "--variants", *variants]
     assert reproduce.main(argv) == 0
     configs = [read_json(tmp_path / dot_run(v) / "config.json")["config"] for v in variants]
     assert [config["beta"] for config in configs] == [0, 0.2, 0.2]
-    assert [config["alpha"] for config in configs] == [0.5, 0, 0.5]
+    assert [config["alpha"] for config in configs] == [0.4, 0, 0.4]
     assert [config["online_episodes"] for config in configs] == [1, 1, 0]
     assert [config["bound"] for config in configs] == [1, 0.15, 0.15]
 
@@ -2236,7 +2243,7 @@ def test_runs_are_grouped_by_configuration_and_those_without_a_score_left_out(
     (tmp_path / "begun" / "metrics.jsonl").write_text("")
     assert reproduce.main([*folders, folders[0] + "/../a"]) == 0
     out, err = capsys.readouterr()
-    expected = [["moto, beta 0.05", "0, 1"], ["moto, beta 0.03", "2"], ["bc", "0"]]
+    expected = [["moto, beta 5.0", "0, 1"], ["moto, beta 0.03", "2"], ["bc", "0"]]
     assert [row[1:] for row in rows_of(out)] == expected
     assert "nan" not in out and f"left out, without a score yet: {tmp_path / 'begun'}" in err
     one_sentence(capsys, [folders[-1]], "no score yet", "begun", program=reproduce)
@@ -2384,7 +2391,7 @@ def test_frozen_leaves_what_was_frozen_before(agent):
     with baselines.frozen(agent.model):
         assert not any(p.requires_grad for p in agent.model.parameters())
     assert not any(p.requires_grad for p in mine.parameters())
-    assert agent.model.encoder.out.weight.requires_grad
+    assert agent.model.gru.weight_ih.requires_grad
     before = mine.weight.clone()
     agent.update(batch_of(agent.cfg))
     assert torch.equal(before, mine.weight)

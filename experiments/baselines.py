@@ -60,7 +60,7 @@ class IQL(moto.Agent):
 
     def __init__(self, cfg, action_size, terminates, device, compiled=False):
         super().__init__(cfg, device)
-        self.encoder = moto.StackEncoder(cfg)
+        self.encoder = moto.Encoder(cfg)
         self.actor = moto.GaussianActor(cfg, action_size)
         self.ema_policy = moto.Policy(cfg, self.encoder, self.actor)
         self.critic = moto.Critic(cfg, action_size)
@@ -121,7 +121,7 @@ class CQL(moto.Agent):
 
     def __init__(self, cfg, action_size, terminates, device, compiled=False):
         super().__init__(cfg, device)
-        self.encoder = moto.StackEncoder(cfg)
+        self.encoder = moto.Encoder(cfg)
         self.actor = moto.GaussianActor(cfg, action_size)
         self.ema_policy = moto.Policy(cfg, self.encoder, self.actor)
         self.critic = moto.Critic(cfg, action_size)

@@ -131,14 +131,13 @@ def bench_forms(cfg, repeat=15):
 def bench_parts(cfg, repeat=10):
     """Milliseconds and operations of the parts of one update (forward and backward), eager."""
     (agent, update), store = learner(cfg), synthetic_replay(cfg, 10)
-    rng, model, policy, device = np.random.default_rng(0), agent.model, agent.ema_policy, cfg.device
+    rng, policy, device = np.random.default_rng(0), agent.ema_policy, cfg.device
     sample = lambda: store.sample(rng, cfg.batch, cfg.length)
     batch = agent.prepare_batch(sample())
-    x = moto.to_image(batch["image"])
     with torch.no_grad():
         e, later = agent.encode_frames(policy.encoder, batch, shift=0)
-        feat = torch.cat(model.observe(x, batch["a"], batch["is_first"])[:2], -1)[:, -e.shape[1]:]
-    batch |= {"x": x, "e": e}
+        feat = torch.cat(agent.model.observe(e, later["a"], later["is_first"])[:2], -1)
+    later |= {"x": moto.to_image(later["image"]), "e": e}
     start = [value[:, cfg.hold:].flatten(0, 1) for value in (feat, e)]
 
     def both_ways(forward):
@@ -166,19 +165,17 @@ def bench_parts(cfg, repeat=10):
         "offline update": learner(cfg, online=False)[1], "online update": update, "data": sample,
         "behaviour prior": both_ways(lambda: agent.losses(
             *agent.encode_frames(agent.encoder, batch, cfg.shift))[0]),
-        "features": features, "encoder": both_ways(
-            lambda: model.encoder(x.flatten(0, 1)).float().sum()),
-        "model": both_ways(lambda: agent.model_terms(batch)[0]), "imagination": imagination,
+        "features": features, "model": both_ways(lambda: agent.model_terms(later)[0]),
+        "imagination": imagination,
         "critic": both_ways(lambda: agent.critic_terms(feat, e, later)[0]),
-        "actor": both_ways(lambda: agent.actor_terms(e)[0]), "optimisers": optimisers}
+        "actor": both_ways(lambda: agent.actor_terms(e, cfg.beta)[0]), "optimisers": optimisers}
     medians(calls, 2, device)
     ms = {name: 1e3 * seconds for name, seconds in medians(calls, repeat, device).items()}
     gflop = {name: flops(call) / 1e9 for name, call in calls.items()}
     for values in ms, gflop:
-        values["model's rest"] = values.pop("model") - values["encoder"]
         values["critic"] -= values["imagination"]
-    order = ("data", "behaviour prior", "features", "encoder", "model's rest", "imagination",
-             "critic", "actor", "optimisers", "offline update", "online update")
+    order = ("data", "behaviour prior", "features", "model", "imagination", "critic", "actor",
+             "optimisers", "offline update", "online update")
     return {name: {"ms": ms[name], "gflop": gflop[name]} for name in order}
 
 

@@ -38,12 +38,8 @@ def auc(positive, negative):
 def values_along(agent, episode):
     """The target critics' mean estimate for the policy's decision at each step (L+1,), in units of
     1 / (1 - gamma)."""
-    image = torch.as_tensor(np.stack(episode["image"]))
-    first = image[:1].expand(moto.FRAMES - 1, -1, -1, -1)
-    is_first = torch.zeros(1, len(image) + moto.FRAMES - 1, dtype=torch.bool)
-    frames = moto.stacked(torch.cat([first, image])[None], is_first, moto.FRAMES)[0]
     policy = agent.ema_policy
-    e = policy.encoder(moto.to_image(frames.to(agent.device)))
+    e = policy.encode(np.stack(episode["image"]))
     d = policy.effective(e, policy.actor(e))
     return (agent.target(e, d).mean(0) / agent.target.unit).cpu().numpy()
 
@@ -53,8 +49,8 @@ def disagreements(agent, episode, rng):
     """u (L,) along an episode under three actions at each state: the executed one, a uniform one,
     and the executed one plus another correction within the bound."""
     model, bound = agent.model, agent.cfg.bound
-    x, a, is_first = pictures.as_sequence(agent, episode)
-    h, z, *_ = (value[0, :-1] for value in model.observe(x, a, is_first))
+    e, a, is_first = pictures.as_sequence(agent, episode)
+    h, z, *_ = (value[0, :-1] for value in model.observe(e, a, is_first))
     executed = a[0, 1:]
     noise = [torch.as_tensor(rng.uniform(-1, 1, executed.shape).astype(np.float32)).to(a.device)
              for _ in range(2)]

@@ -260,18 +260,17 @@ def draw_combination(run, path, dreams=64, steps=200):
     import pictures
     agent, env = run.agent, run.env
     model, episode = agent.model, env.unseen_episode()
-    x, a, is_first = pictures.as_sequence(agent, episode)
-    h, z, *_ = (v[0] for v in model.observe(x, a, is_first))
+    e, a, is_first = pictures.as_sequence(agent, episode)
+    h, z, *_ = (v[0] for v in model.observe(e, a, is_first))
     predicted = model.expected_reward(torch.cat([h, z], -1)).cpu()
-    first = (h[:1], z[:1], agent.first_feature(episode["image"][0]))
-    first = [value.repeat(dreams, 1) for value in first]
+    first = [value.repeat(dreams, 1) for value in (h[:1], z[:1], e[0, :1])]
     policy, hold = agent.ema_policy, run.cfg.hold
     dream = moto.imagine(model, policy, policy.actor, *first, steps // hold, hold)["feat"]
     dreamt = model.expected_reward(dream).cpu()           # (steps + 1, dreams)
     best = int(dreamt.amax(0).argmax())
     fig, axes = pictures.figure(13, 8, 4, 1, height_ratios=[1, 1.6, 1, 1.6])
     for axis, images, title in (
-            (axes[0], moto.to_uint8(x[0]),
+            (axes[0], np.stack(episode["image"]),
              "a scripted episode of all four sub-tasks, as no demonstration shows it"),
             (axes[2], moto.to_uint8(model.decoder(dream[:, best])),
              "the policy's most rewarded dream from that first image")):

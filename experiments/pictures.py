@@ -20,12 +20,12 @@ def decorative(what):
 
 
 def as_sequence(agent, episode):
-    """An episode as one sequence for WorldModel.observe: x (1, T, 3, P, P), a (1, T, A), is_first
+    """An episode as one sequence for WorldModel.observe: e (1, T, E), a (1, T, A), is_first
     (1, T)."""
-    image = torch.as_tensor(np.stack(episode["image"]), device=agent.device)
+    e = agent.ema_policy.encode(np.stack(episode["image"]))[None]
     a = np.stack([np.zeros_like(episode["action"][0]), *episode["action"]])
-    is_first = torch.arange(len(image), device=agent.device)[None] == 0
-    return moto.to_image(image)[None], torch.as_tensor(a, device=agent.device)[None], is_first
+    is_first = torch.arange(e.shape[1], device=agent.device)[None] == 0
+    return e, torch.as_tensor(a, device=agent.device)[None], is_first
 
 
 @torch.no_grad()
@@ -35,9 +35,9 @@ def open_loop(agent, episode, seen, steps):
     Returns the true and the model's images, uint8 (T, P, P, 3), disagreement u (T,) in units of its
     mean on the data (zero where images are seen) and predicted reward (T,). In each step z is the
     mean of the K means."""
-    model, (x, a, is_first) = agent.model, as_sequence(agent, episode)
-    T = min(seen + steps, x.shape[1])
-    h, z, *_ = (v[0] for v in model.observe(x[:, :seen], a[:, :seen], is_first[:, :seen]))
+    model, (e, a, is_first) = agent.model, as_sequence(agent, episode)
+    T = min(seen + steps, e.shape[1])
+    h, z, *_ = (v[0] for v in model.observe(e[:, :seen], a[:, :seen], is_first[:, :seen]))
     feats, u = [torch.cat([h, z], -1)], [torch.zeros(seen)]
     h, z = h[-1:], z[-1:]
     for t in range(seen, T):
@@ -48,7 +48,7 @@ def open_loop(agent, episode, seen, steps):
         u.append((moto.disagreement(means) / (model.disagreement_mean or 1)).cpu())
     feats = torch.cat(feats)
     reward = model.expected_reward(feats).cpu().numpy()
-    truth, predicted = moto.to_uint8(x[0, :T]), moto.to_uint8(model.decoder(feats))
+    truth, predicted = np.stack(episode["image"][:T]), moto.to_uint8(model.decoder(feats))
     return truth, predicted, torch.cat(u).numpy(), reward
 
 

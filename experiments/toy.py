@@ -25,7 +25,7 @@ SETTINGS = dict(
     task="gym:walkthrough/Dot-v0", device="cpu", precision="float32", workers=1, image_size=16,
     action_repeat=1, episode_steps=STEPS, batch=8, length=8, channels=8, deter=64, stoch=8,
     hidden=64, ensemble=3, model_lr=3e-3, actor_lr=1e-3, critic_lr=2e-3, gamma=0.9, hold=2,
-    horizon=2, bound=0.4, shift=0, reward_head="bernoulli", offline_updates=300,
+    horizon=2, bound=0.4, alpha=1.0, shift=0, reward_head="bernoulli", offline_updates=300,
     online_episodes=40, updates_per_episode=15, warmup=5)
 AGENTS = {
     "cloning": dict(variant="bc"),

@@ -82,19 +82,19 @@ def still():
 
 
 BOXES = {                                                   # name: x, y, text; by colour
-    "#eeeeee": {"x3": (0, 2, "images $x_{t-2}, x_{t-1}, x_t$"), "x": (0, 0.4, "image $x_t$"),
+    "#eeeeee": {"x": (0, 2, "images $x_{t-2}, x_{t-1}, x_t$"),
                 "real": (11.2, -0.9, "real $r$, $a$"), "robot": (11.2, 3, "robot")},
     "#fbe5cf": {"e": (2.7, 2, "feature $e_t$"), "b": (5.4, 3, "behaviour prior $b(a|e)$"),
                 "d": (5.4, 2, "actor: correction $d$"), "a": (8.3, 3, "action $b + c\\,d$")},
     "#dce9f7": {"s": (2.7, 0.4, "latent $s_t = (h_t, z_t)$"),
-                "out": (2.7, -0.9, "image, reward, $\\hat e_t$"),
+                "out": (2.7, -0.9, "$\\hat x_t, \\hat r_t, \\hat e_t$"),
                 "K": (6, 0.4, "$K$ priors: $s_{t+1} \\ldots s_{t+Hk}$"),
                 "u": (6, -0.9, "disagreement $u$"),
                 "r": (8.8, -0.25, "penalised reward $\\tilde r$")},
     "#dff0d8": {"y": (11.2, 0.4, "target $y$"), "Q": (11.2, 1.7, "critics $Q(e, d)$")}}
-ARROWS = ("x3 e|e b 13, 15|e d|b a|d a|a robot|x s 1|s out 3|s K 2, 8|e out 3 stop|a K 8|K u 6"
-          "|u r 7|K r 3|r y 9, 10|y Q 11 stop|Q y 12 stop|Q d 14|real y 10")
-BENDS = {"e out": 0.75, "y Q": 0.35, "Q y": 0.35, "Q d": 0.08}
+ARROWS = ("x e|e b 13, 15|e d|b a|d a|a robot|e s 1 stop|s out 3|s K 2, 8|e out 3 stop|x out 3"
+          "|a K 8|K u 6|u r 7|K r 3|r y 9, 10|y Q 11 stop|Q y 12 stop|Q d 14|real y 10")
+BENDS = {"e out": 0.75, "x out": 0.25, "y Q": 0.35, "Q y": 0.35, "Q d": 0.08}
 
 
 def data_flow():
