@@ -25,7 +25,7 @@ The algorithm:
     7.     expand the value along the imagined steps (Eq 9); critics: regress the value of the
            corrections really made on it (Eq 10, 11, 12)
     8.     online, after some misses: actor: raise the critics' value of its correction, and keep
-           the correction small (Eq 14)
+           the correction small, the less so the more episodes there are (Eq 14)
 Theorem B.1 says why lowering the reward is safe (Eq 16, on a table).
 
 Axes:    B batch, T time, T' = T - 2 (steps that have three images), H horizon, K ensemble,
@@ -34,8 +34,7 @@ Axes:    B batch, T time, T' = T - 2 (steps that have three images), H horizon, 
 Letters: x image, a action, r reward, z stochastic latent, h deterministic latent, s = (h, z),
          e feature of three images, b the behaviour prior (its mean action), d correction in units
          of its bound c, k steps for which it is held, u disagreement, gamma discount, lam the
-         mixing weight of Eq 9, alpha the penalty, beta the behaviour weight after one online
-         episode, n online episodes so far.
+         mixing weight of Eq 9, alpha the penalty, beta the behaviour weight.
 Time:    a[t] and r[t] are the action that led INTO x[t] and the reward received on arriving there;
          a[0] = 0, r[0] = 0. So the action that leaves s[t] is a[t+1].
 Sharp edges are marked "SHARP"; departures from the paper "DEPARTURE" (README lists them all).
@@ -112,7 +111,7 @@ class Config:
     target_rate: float = opt(0.02, "Eq 12: step of the target critics to the critics", "[0, 1]")
     ema_rate: float = opt(0.005, "smallest step of the averaged weights (DEPARTURE)", "[0, 1]")
     model_lr: float = opt(6e-4, "learning rate of the world model [LOMPO: 6e-4]", "(0, inf)")
-    actor_lr: float = opt(3e-4, "learning rate of prior and actor [LOMPO: 3e-4]", "(0, inf)")
+    actor_lr: float = opt(3e-4, "learning rate of encoder, prior, actor [LOMPO: 3e-4]", "(0, inf)")
     critic_lr: float = opt(1e-3, "learning rate of the critics [LOMPO: 3e-4]", "(0, inf)")
     # Loops
     offline_updates: int = opt(800, "N, offline updates [paper: 1000, Meta-World]", "[0, inf)")
@@ -202,7 +201,7 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Module):
-    """Feature (N, F) -> mean image (N, 3, P, P): the encoder backwards."""
+    """State (N, F) -> mean image (N, 3, P, P): the encoder's convolutions backwards."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -747,15 +746,15 @@ class Policy(nn.Module):
         return a[0].cpu().numpy(), (frames, d, step + 1)
 
 
-def stacked(image, is_first, frames):
-    """Images of steps t - frames + 1 to t along the channels: (B, T, P, P, 3) -> (B, T', P, P,
-    3 * frames), T' = T - frames + 1. Before an episode's beginning (`is_first`, (B, T)) its first
+def stacked(image, is_first):
+    """Images of steps t - FRAMES + 1 to t along the channels: (B, T, P, P, 3) -> (B, T', P, P,
+    3 * FRAMES), T' = T - FRAMES + 1. Before an episode's beginning (`is_first`, (B, T)) its first
     image is repeated."""
-    T, views = image.shape[1], [image[:, frames - 1:]]
-    same = torch.ones_like(is_first[:, frames - 1:])
-    for n in range(1, frames):                          # still the same episode n steps back?
-        same = same & ~is_first[:, frames - n:T + 1 - n]
-        earlier = image[:, frames - 1 - n:T - n]
+    T, views = image.shape[1], [image[:, FRAMES - 1:]]
+    same = torch.ones_like(is_first[:, FRAMES - 1:])
+    for n in range(1, FRAMES):                          # still the same episode n steps back?
+        same = same & ~is_first[:, FRAMES - n:T + 1 - n]
+        earlier = image[:, FRAMES - 1 - n:T - n]
         views.insert(0, torch.where(same[..., None, None, None], earlier, views[0]))
     return torch.cat(views, -1)
 
@@ -792,7 +791,7 @@ class Agent:
     def encode_frames(self, encoder, batch, shift):
         """An Encoder on a batch, each stack shifted by itself -> e (B, T', E), and the batch of
         (B, T', ...): the first steps have no whole stack."""
-        x = stacked(batch["image"], batch["is_first"], FRAMES)
+        x = stacked(batch["image"], batch["is_first"])
         batch = {name: value[:, FRAMES - 1:] for name, value in batch.items()}
         x = random_shift(x.flatten(0, 1), shift) if shift else x.flatten(0, 1)
         with self.autocast():
@@ -826,7 +825,7 @@ class Agent:
                 part.load_state_dict(state[kind][name])
 
     def acting_state(self):
-        """What acts, dreams and criticises, in half precision: a tenth of the whole."""
+        """What acts, dreams and criticises, in half precision: a seventh of the whole."""
         def half(module):
             return {name: v.half() if v.ndim else v for name, v in module.state_dict().items()}
         return {name: half(self.modules[name]) for name in ("ema_policy", "model", "target")
@@ -971,11 +970,15 @@ class MOTO(BC):
         return loss, metrics
 
     @torch.no_grad()
+    def values(self, image):
+        """The target critics' mean (L,) at each of an episode's first L images, uint8 (L, P, P, 3),
+        in units of 1 / (1 - gamma)."""
+        policy, e = self.ema_policy, self.ema_policy.encode(image)
+        return self.target(e, policy.effective(e, policy.actor(e))).mean(0) / self.target.unit
+
     def value_estimate(self, image):
-        """The target critics' mean at an episode's first image, in units of 1 / (1 - gamma)."""
-        policy = self.ema_policy
-        e = policy.encode(image[None])
-        return float(self.target(e, policy.effective(e, policy.actor(e))).mean() / self.target.unit)
+        """The value at an episode's first image (P, P, 3)."""
+        return float(self.values(image[None]))
 
 
 AGENTS = {"bc": BC}                                       # every other variant: MOTO
@@ -1090,12 +1093,10 @@ class Replay:
         self.size = end
 
     def sample(self, rng, count, length, part="offline"):
-        """`count` sequences -> dict of (count, length, ...), `is_first` set at their starts."""
+        """`count` sequences -> dict of (count, length, ...)."""
         at = self.starts[part][rng.integers(0, self.choices(part, length), size=count)]
         at = torch.from_numpy(at[:, None] + np.arange(length)).to(self.device)
-        batch = {name: values[at] for name, values in self.data.items()}
-        batch["is_first"][:, 0] = True
-        return batch
+        return {name: values[at] for name, values in self.data.items()}
 
     def choices(self, part, length):
         """How many sequences of `length` steps a part has; `starts` ascends."""

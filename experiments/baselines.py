@@ -100,9 +100,8 @@ class IQL(moto.Agent):
     @torch.no_grad()
     def value_estimate(self, image):
         """The critics' value estimate at an episode's first image (P, P, 3), times 1 - gamma."""
-        a, (frames, *_) = self.ema_policy.act(image)
-        feat = self.ema_policy.encoder(torch.cat(frames, 1))
-        a = torch.as_tensor(a, device=self.device)[None]
+        feat = self.ema_policy.encode(image[None])
+        a = self.ema_policy.prior(feat).mode
         return float(self.target(feat, a).min() / self.target.unit)
 
 
@@ -180,9 +179,8 @@ class CQL(moto.Agent):
     @torch.no_grad()
     def value_estimate(self, image):
         """The critics' value estimate at an episode's first image (P, P, 3), times 1 - gamma."""
-        a, (frames, *_) = self.ema_policy.act(image)
-        feat = self.ema_policy.encoder(torch.cat(frames, 1))
-        a = torch.as_tensor(a, device=self.device)[None]
+        feat = self.ema_policy.encode(image[None])
+        a = self.ema_policy.prior(feat).mode
         return float(self.target(feat, a).min() / self.target.unit)
 
 

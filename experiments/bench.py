@@ -140,9 +140,9 @@ def bench_parts(cfg, repeat=10):
     later |= {"x": moto.to_image(later["image"]), "e": e}
     start = [value[:, cfg.hold:].flatten(0, 1) for value in (feat, e)]
 
-    def both_ways(forward):
+    def both_ways(forward, autocast=contextlib.nullcontext):
         def call():
-            with agent.autocast():
+            with autocast():
                 loss = forward()
             loss.backward()
         return call
@@ -158,15 +158,13 @@ def bench_parts(cfg, repeat=10):
         moto.update_target(agent.target, agent.critic, cfg.target_rate)
         policy.update_ema(actor=agent.actor)
 
-    def imagination():
-        with agent.autocast():
-            agent.expand(*start)
     calls = {
         "offline update": learner(cfg, online=False)[1], "online update": update, "data": sample,
         "behaviour prior": both_ways(lambda: agent.losses(
-            *agent.encode_frames(agent.encoder, batch, cfg.shift))[0]),
-        "features": features, "model": both_ways(lambda: agent.model_terms(later)[0]),
-        "imagination": imagination,
+            *agent.encode_frames(agent.encoder, batch, cfg.shift))[0], agent.autocast),
+        "features": features,
+        "model": both_ways(lambda: agent.model_terms(later)[0], agent.autocast),
+        "imagination": lambda: agent.expand(*start),
         "critic": both_ways(lambda: agent.critic_terms(feat, e, later)[0]),
         "actor": both_ways(lambda: agent.actor_terms(e, cfg.beta)[0]), "optimisers": optimisers}
     medians(calls, 2, device)

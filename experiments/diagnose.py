@@ -35,16 +35,6 @@ def auc(positive, negative):
 
 
 @torch.no_grad()
-def values_along(agent, episode):
-    """The target critics' mean estimate for the policy's decision at each step (L+1,), in units of
-    1 / (1 - gamma)."""
-    policy = agent.ema_policy
-    e = policy.encode(np.stack(episode["image"]))
-    d = policy.effective(e, policy.actor(e))
-    return (agent.target(e, d).mean(0) / agent.target.unit).cpu().numpy()
-
-
-@torch.no_grad()
 def disagreements(agent, episode, rng):
     """u (L,) along an episode under three actions at each state: the executed one, a uniform one,
     and the executed one plus another correction within the bound."""
@@ -65,7 +55,7 @@ def diagnose(run, episodes):
     seeds = [moto.episode_seed(cfg, "evaluation", 30_000 + index) for index in range(episodes)]
     values, first_success, u = [], [], [[], [], []]
     for episode in run.workers.play(agent.ema_policy, seeds):
-        values.append(values_along(agent, episode))
+        values.append(agent.values(np.stack(episode["image"])).cpu().numpy())
         reward = np.array([0, *episode["reward"]])
         first_success.append(int(reward.argmax()) if episode["success"] else np.inf)
         for column, value in zip(u, disagreements(agent, episode, rng)):
