@@ -1104,7 +1104,8 @@ def test_a_terminal_task_learns_its_continuation(tmp_path):
     store = moto.Replay(200, 16, 2)
     for e in episodes:
         store.add(e)
-    agent = tiny_agent(task="gym:test/DotEnds-v0", model_lr=3e-3, channels=8, hidden=32, deter=32)
+    agent = tiny_agent(task="gym:test/DotEnds-v0", model_lr=3e-3, actor_lr=1e-3, channels=8,
+                       hidden=32, deter=32, offline_updates=300)
     rng = np.random.default_rng(0)
     losses = [agent.update(store.sample(rng, 8, 5))["model/continuation"] for _ in range(300)]
     assert np.mean(losses[-30:]) < 0.3 * np.mean(losses[:30])
