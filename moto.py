@@ -718,9 +718,9 @@ class Policy(nn.Module):
     def encode(self, image):
         """Features e (L, E) of an episode's first L images, uint8 (L, P, P, 3)."""
         image = torch.as_tensor(image, device=self.updates.device)
-        image = torch.cat([image[:1]] * (FRAMES - 1) + [image])
-        stacks = [image[n:len(image) - FRAMES + 1 + n] for n in range(FRAMES)]
-        return self.encoder(to_image(torch.cat(stacks, -1)))
+        image = torch.cat([image[:1]] * (FRAMES - 1) + [image])[None]
+        one_episode = torch.zeros(image.shape[:2], dtype=torch.bool, device=image.device)
+        return self.encoder(to_image(stacked(image, one_episode)[0]))
 
     @torch.no_grad()
     def act(self, image, state=None, generator=None):

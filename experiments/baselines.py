@@ -46,7 +46,18 @@ def expectile_loss(error, expectile, weight):
     return moto.weighted_mean((expectile - (error < 0).float()).abs() * error.square(), weight)
 
 
-class IQL(moto.Agent):
+class ModelFree(moto.Agent):
+    """What the agents below share: how they judge an episode's start."""
+
+    @torch.no_grad()
+    def value_estimate(self, image):
+        """The critics' value estimate at an episode's first image (P, P, 3), times 1 - gamma."""
+        feat = self.ema_policy.encode(image[None])
+        a = self.ema_policy.prior(feat).mode
+        return float(self.target(feat, a).min() / self.target.unit)
+
+
+class IQL(ModelFree):
     """Implicit Q-learning: no action outside the data is ever asked for its value.
 
         V: expectile regression of Q(s, a) on the data;   Q(s, a) -> r + gamma V(s')
@@ -97,15 +108,8 @@ class IQL(moto.Agent):
             "critic/real": critic, "critic/value": value, "actor/value": V.mean() / unit,
             "actor/weight": moto.weighted_mean(advantage_weight, valid)}
 
-    @torch.no_grad()
-    def value_estimate(self, image):
-        """The critics' value estimate at an episode's first image (P, P, 3), times 1 - gamma."""
-        feat = self.ema_policy.encode(image[None])
-        a = self.ema_policy.prior(feat).mode
-        return float(self.target(feat, a).min() / self.target.unit)
 
-
-class CQL(moto.Agent):
+class CQL(ModelFree):
     """Conservative Q-learning on soft actor-critic; with weight 0 it is soft actor-critic itself.
 
         Q(s, a) -> r + gamma (min Q(s', a') - tau ln pi(a'|s')),  a' ~ pi    plus, for each critic,
@@ -175,13 +179,6 @@ class CQL(moto.Agent):
                                  logp[:, :, :-1], logp[:, :, 1:]])             # (3 n, B, T'-1)
         q = self.critic(feat[:, :-1].expand(len(actions), -1, -1, -1), actions)
         return (q - log_density).logsumexp(1) - math.log(len(actions))
-
-    @torch.no_grad()
-    def value_estimate(self, image):
-        """The critics' value estimate at an episode's first image (P, P, 3), times 1 - gamma."""
-        feat = self.ema_policy.encode(image[None])
-        a = self.ema_policy.prior(feat).mode
-        return float(self.target(feat, a).min() / self.target.unit)
 
 
 class SAC(CQL):
