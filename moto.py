@@ -13,7 +13,7 @@ The algorithm:
     1. collect a few demonstrations (images, actions, sparse rewards)
     2. repeat N times on the demonstrations alone (offline), then U times after each new episode
        (online):
-    3.     sample B sequences of T steps
+    3.     sample B sequences of T steps; online 20 B decisions of k + 1 steps besides, for 6 to 8
     4.     offline: the behaviour prior b(a|e) imitates the demonstrations; e, the feature of three
            images, learns with it (Eq 13, 15). Online both stay as they are
     5.     world model: filter the features into latents (Eq 1); learn to predict the next latent
@@ -95,17 +95,14 @@ class Config:
     hold: int = opt(8, "k, steps for which a correction is held (DEPARTURE)", "[1, inf)")
     horizon: int = opt(1, "H, imagined decisions of k steps [LOMPO: 5 of one step]", "[0, inf)")
     gamma: float = opt(0.98, "discount", "[0, 1)")
-    lam: float = opt(0.95, "Eq 9, for H > 1: 0 one decision, 1 all [DreamerV2: 0.95]", "[0, 1]")
+    lam: float = opt(0.5, "Eq 9: weight of what is imagined; 0: no imagination", "[0, 1]")
     alpha: float = opt(0.5, "penalty, Eq 7: reward lost where u is twice its mean", "[0, inf)")
     critics: int = opt(5, "critics; the smaller one of two drawn is used [REDQ: 10]", "[1, inf)")
     imagined: float = opt(0.0, "share of imagined transitions in the critic's loss", "[0, 1]")
-    bound: float = opt(0.15, "c, the largest correction of the behaviour prior's action "
-                       "(DEPARTURE)", "(0, 2]")
-    beta: float = opt(5.0, "weight of the correction's square, Eq 14, after one online episode; "
-                      "after n: beta / n. 0: the policy is the correction alone, without the "
-                      "behaviour prior", "[0, inf)")
-    noise: float = opt(0.4, "std of the noise on corrections in every second online episode, in "
-                       "units of c", "[0, inf)")
+    bound: float = opt(0.15, "c, largest correction of the prior's action (DEPARTURE)", "(0, 2]")
+    beta: float = opt(5.0, "Eq 14: after n online episodes beta / n is the weight of the "
+                      "correction's square. 0: the correction alone is the action", "[0, inf)")
+    noise: float = opt(0.4, "std, in c, of the noise of every second online episode", "[0, inf)")
     warmup: int = opt(10, "online episodes without success before the actor learns", "[0, inf)")
     shift: int = opt(3, "random shifts of images in cloning, in pixels [DrQ: 4 of 84]", "[0, inf)")
     target_rate: float = opt(0.02, "Eq 12: step of the target critics to the critics", "[0, 1]")
@@ -123,6 +120,7 @@ class Config:
     save_every: int = opt(250, "updates between checkpoints", "[1, inf)")
 
 
+DECISIONS = 20              # online: decisions per sequence of a batch, each drawn by itself
 FRAMES = 3                  # images that the feature e sees [paper's baselines: 3]
 GRAD_CLIP = 100.0           # largest norm of each optimiser's gradient [DreamerV2: 100]
 MIN_STD = 0.05              # smallest standard deviation of the behaviour prior
@@ -157,7 +155,7 @@ VARIANTS = {
     "no-unc": dict(alpha=0.0),
     "no-bc": NO_BC,
     "no-bc-no-unc": NO_BC | dict(alpha=0.0),
-    "dreamerv2": NO_BC | dict(alpha=0.0, imagined=1.0, hold=1, horizon=5),    # critics: all dreamt
+    "dreamerv2": NO_BC | dict(alpha=0.0, imagined=1.0, hold=1, horizon=5, lam=0.95),  # all dreamt
     "bc": dict(online_episodes=0),                                  # the behaviour prior alone
 }
 BASELINES = "iql", "cql", "sac"    # experiments/baselines.py adds them to VARIANTS and AGENTS
@@ -225,9 +223,8 @@ def mlp(inputs, hidden, outputs):
 class EnsembleMLP(nn.Module):
     """K separate small networks on one input (N, I) -> (K, N, O), as batched matrix products.
 
-    The first layer is one wide matrix of which each head owns a block of columns; each of the
-    `depth` further layers is a batch of K matrices. No weight is shared: the heads differ in their
-    initialisation, which is why they disagree off the data. `norm`: with layer norm."""
+    Each head owns a block of columns of the first layer, and a matrix of each of the `depth`
+    others. Their different beginnings make them disagree off the data. `norm`: layer norm."""
 
     def __init__(self, heads, inputs, hidden, outputs, depth=1, norm=False):
         super().__init__()
@@ -309,9 +306,8 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """`heads` critics: feature (..., E), correction or action (..., A) -> Q (heads, ...).
 
-    The output layer is in units of 1 / (1 - gamma), the return of a reward of one for ever, so that
-    the network predicts numbers near one. Normalised layers keep the critics from extrapolating
-    apart off the data. Source: Ball et al. 2023 (RLPD)."""
+    The output is in units of 1 / (1 - gamma), the return of a reward of one for ever. Normalised
+    layers keep the critics from extrapolating apart off the data. Source: RLPD (Ball 2023)."""
 
     def __init__(self, cfg, action_size, heads=2):
         super().__init__()
@@ -370,8 +366,7 @@ class WorldModel(nn.Module):
 
     def initial(self, n, device):
         """The state before an episode: h (n, D) and z (n, S), all zero."""
-        cfg = self.cfg
-        return torch.zeros(n, cfg.deter, device=device), torch.zeros(n, cfg.stoch, device=device)
+        return [torch.zeros(n, size, device=device) for size in (self.cfg.deter, self.cfg.stoch)]
 
     def filter_step(self, h, z, a, e, noise):
         """One step of Eq 1: the state, the action that leaves it, the feature of the next images ->
@@ -492,9 +487,8 @@ def penalised_reward(reward, u, alpha, disagreement_mean):
         r~(s, a) = E[r(s')] - alpha u(s, a)
 
     reward, u: (...). DEPARTURE: u here is the excess over `disagreement_mean`, the running mean of
-    u on the data, in units of that mean: max(0, u / disagreement_mean - 1). The heads never agree
-    exactly, even on the data; penalising that would penalise every action. alpha keeps its meaning
-    while the model learns, and across tasks. Source: MOPO, LOMPO."""
+    u on the data, in units of that mean: max(0, u / disagreement_mean - 1). Heads never agree
+    exactly; alpha keeps its meaning while the model learns, and across tasks. Source: MOPO."""
     return reward - alpha * (u / disagreement_mean - 1).clamp(min=0)
 
 
@@ -507,7 +501,7 @@ def imagine(model, policy, actor, h, z, e, horizon, hold):
 
     h (N, D), z (N, S), e (N, E) of real steps; policy: a Policy, which has b and c -> dict of e
     (H+1, N, E) and the effective d (H+1, N, A), one per decision; feat (H k + 1, N, F), one per
-    state, and u (H k, N), where u^i = u(s^i, a^i).
+    state, and u (H k, N), where u^i = u(s^i, a^{i+1}).
     Sources: Dreamer; LOMPO and PETS for the drawn head."""
     N, K = h.shape[0], model.cfg.ensemble
     es, ds, feats, us = [e], [actor(e)], [torch.cat([h, z], -1)], []
@@ -537,26 +531,26 @@ def accumulate(reward, discount):
 
 
 def value_expansion(reward, discount, q, lam):
-    """Eq 9: the lambda-return along the imagined decisions, computed backwards.
+    """Eq 9: the lambda-return along 0 to H imagined decisions, computed backwards.
 
-        V^j = r~^j + discount^j [(1 - lam) Q(e^{j+1}, d^{j+1}) + lam V^{j+1}],   V^H = Q(e^H, d^H)
+        V^j = (1 - lam) Q(e^j, d^j) + lam [r~^j + discount^j V^{j+1}],   V^H = Q(e^H, d^H)
 
     reward, discount (H, N), accumulated over the k steps of each decision: penalised rewards, and
     gamma times the continuation. q (H+1, N): the smaller target critic. Returns V (H+1, N).
     Sources: Feinberg et al. 2018 (MVE); Sutton and Barto, chapter 12."""
     V = [q[-1]]
     for j in reversed(range(len(reward))):
-        V.insert(0, reward[j] + discount[j] * ((1 - lam) * q[j + 1] + lam * V[0]))
+        V.insert(0, (1 - lam) * q[j] + lam * (reward[j] + discount[j] * V[0]))
     return torch.stack(V)
 
 
 def real_decisions(a, b, r, is_terminal, valid, hold, bound, gamma):
     """What was done and earned in the k steps after every real step.
 
-    a, b (B, T-1, A): the action that left s_t, and the prior's; r, is_terminal, valid (B, T-1): of
-    that transition -> d (B, n, A), n = T - k: the mean correction (a - b) / c; reward and discount
-    (B, n), accumulated; weight (B, n): one where the k steps are of one episode, or end with the
-    task's end. SHARP: a window may span two held corrections; d is their mean."""
+    a, b (B, T-1, A): the action that left s_t, and the prior's; r, is_terminal, valid (B, T-1) ->
+    d (B, n, A), n = T - k: the mean correction (a - b) / c; reward and discount (B, n); weight
+    (B, n): one where the k steps are of one episode, or end with the task's end. SHARP: a window
+    may span two held corrections; d is their mean."""
     windows = [value.unfold(1, hold, 1) for value in (r, gamma * (1 - is_terminal), valid)]
     reward, discount = accumulate(*windows[:2])
     ended = (windows[1] == 0).cumsum(-1) > 0              # with this step, or before
@@ -621,9 +615,8 @@ def actor_loss(q, d, weight):
         L = -E[Q(e, d)] / E|Q(e, d)| + beta / n E[d^2],    d = actor(e)
 
     q (heads, ...), d (..., A), its square averaged over A; weight: beta / n, n the online episodes
-    so far. The more the critics have seen of practice, the less they need the prior. Divided by its
-    own size the value has no scale: beta means the same at any reward, and |d| <= 1 holds the
-    policy within c of the prior whatever the critics say. Source: TD3+BC."""
+    so far: the more practice the critics have seen, the less they need the prior. Divided by its
+    own size the value has no scale, and |d| <= 1 bounds the correction. Source: TD3+BC."""
     return -q.mean() / q.abs().mean().detach().clamp(min=1e-3) + weight * d.square().mean()
 
 
@@ -750,20 +743,18 @@ def stacked(image, is_first):
     """Images of steps t - FRAMES + 1 to t along the channels: (B, T, P, P, 3) -> (B, T', P, P,
     3 * FRAMES), T' = T - FRAMES + 1. Before an episode's beginning (`is_first`, (B, T)) its first
     image is repeated."""
-    T, views = image.shape[1], [image[:, FRAMES - 1:]]
-    same = torch.ones_like(is_first[:, FRAMES - 1:])
-    for n in range(1, FRAMES):                          # still the same episode n steps back?
-        same = same & ~is_first[:, FRAMES - n:T + 1 - n]
-        earlier = image[:, FRAMES - 1 - n:T - n]
-        views.insert(0, torch.where(same[..., None, None, None], earlier, views[0]))
-    return torch.cat(views, -1)
+    B, T = is_first.shape
+    t, row = torch.arange(T, device=image.device), torch.arange(B, device=image.device)[:, None]
+    first = torch.where(is_first, t, 0).cummax(1).values
+    return torch.cat([image[row, torch.maximum(t - n, first)[:, FRAMES - 1:]]
+                      for n in reversed(range(FRAMES))], -1)
 
 
 class Agent:
     """What every agent is: modules by name, an optimiser for some of them, `step`, and its state.
 
     A subclass makes its modules, calls `prepare`, and has `update(batch)` -> metrics, `ema_policy`
-    (a Policy), and `value_estimate(image)`, for an episode's first image; None without critics."""
+    (a Policy), and, with critics, `value_estimate(image)` for an episode's first image."""
     value_estimate = None
     misses = 0                                            # online episodes without success so far
 
@@ -783,8 +774,9 @@ class Agent:
         return torch.autocast(self.device.type, torch.bfloat16, self.cfg.precision == "bfloat16")
 
     def prepare_batch(self, batch):
-        """A sampled batch on the device, with `valid` (B, T-1), one where a_{t+1} leaves s_t."""
-        batch = {name: torch.as_tensor(value).to(self.device) for name, value in batch.items()}
+        """A batch and its decisions on the device, with `valid` (B, T-1): a_{t+1} leaves s_t."""
+        batch = {name: self.prepare_batch(value) if name == "decisions" else
+                 torch.as_tensor(value).to(self.device) for name, value in batch.items()}
         batch["valid"] = (~batch["is_first"][:, 1:]).float()
         return batch
 
@@ -826,10 +818,9 @@ class Agent:
 
     def acting_state(self):
         """What acts, dreams and criticises, in half precision: a seventh of the whole."""
-        def half(module):
-            return {name: v.half() if v.ndim else v for name, v in module.state_dict().items()}
-        return {name: half(self.modules[name]) for name in ("ema_policy", "model", "target")
-                if name in self.modules}
+        return {name: {key: v.half() if v.ndim else v
+                       for key, v in self.modules[name].state_dict().items()}
+                for name in ("ema_policy", "model", "target") if name in self.modules}
 
     def load_acting(self, state):
         for name, values in state.items():
@@ -892,23 +883,33 @@ class MOTO(BC):
         cfg, batch, metrics = self.cfg, self.prepare_batch(batch), {}
         n = 1 + (float(self.ema_policy.updates) - cfg.offline_updates) // cfg.updates_per_episode
         torch.compiler.cudagraph_mark_step_begin()        # CUDA graphs reuse their memory from here
-        if n < 1:                                         # offline
+        decisions = batch.pop("decisions", None)
+        if n < 1:
             metrics = self.update_prior(batch)
-        with torch.no_grad():
-            e, batch = self.encode_frames(self.ema_policy.encoder, batch, shift=0)
+        if decisions is None:                             # offline: features are not constant yet
+            with torch.no_grad():
+                e, batch = self.encode_frames(self.ema_policy.encoder, batch, shift=0)
+            batch["e"] = e
         with self.autocast():
-            loss, more, feat = self.model_terms(batch | {"x": to_image(batch["image"]), "e": e})
+            loss, more, feat = self.model_terms(batch | {"x": to_image(batch["image"])})
         metrics |= more | self.step(loss, "model")
         u, mean = metrics["model/disagreement"], self.model.disagreement_mean
         mean.copy_(torch.where(mean == 0, u, torch.lerp(mean, u, 0.01)))
 
         # From here in float32: what a correction is worth is a small difference of large values.
-        loss, more = self.critic_terms(feat.detach().float(), e, batch)
+        if decisions:                                     # SHARP: neighbours tell the critics less
+            with torch.no_grad():
+                h, z, *_ = self.model.observe(*(decisions[name] for name in ("e", "a", "is_first")))
+            first = h.shape[1] - cfg.hold - 1             # before it: for the filter
+            feat = torch.cat([h, z], -1)[:, first:]
+            batch = {name: value[:, first:] for name, value in decisions.items()}
+        loss, more = self.critic_terms(feat.detach().float(), batch["e"], batch)
         metrics |= more | self.step(loss, "critic")
         update_target(self.target, self.critic, cfg.target_rate)
         if n >= 1 and self.misses >= cfg.warmup:          # SHARP: critics that have seen no failure
-            loss, more = self.actor_terms(e, cfg.beta / n)        # praise corrections that fail
-            metrics |= more | self.step(loss, "actor")    # its slopes in the critics are cleared
+            e = batch["e"][:, 0] if decisions else batch["e"]        # praise what would fail
+            loss, more = self.actor_terms(e, cfg.beta / n)
+            metrics |= more | self.step(loss, "actor")
         if n >= 1:
             self.ema_policy.update_ema(actor=self.actor)
         return as_numbers(metrics)
@@ -971,8 +972,7 @@ class MOTO(BC):
 
     @torch.no_grad()
     def values(self, image):
-        """The target critics' mean (L,) at each of an episode's first L images, uint8 (L, P, P, 3),
-        in units of 1 / (1 - gamma)."""
+        """The target critics' mean (L,) at an episode's first L images, times 1 - gamma."""
         policy, e = self.ema_policy, self.ema_policy.encode(image)
         return self.target(e, policy.effective(e, policy.actor(e))).mean(0) / self.target.unit
 
@@ -1069,8 +1069,8 @@ def load_episode(path, image_size, action_size):
 class Replay:
     """Episodes laid end to end in flat tensors, on the device that learns: a sequence is a slice.
 
-    A sequence may run over an episode boundary, which `is_first` marks and every loss respects.
-    `starts`: where sequences may begin, for the offline and the online part of a batch."""
+    One may run over an episode boundary, which `is_first` marks and every loss respects. `starts`:
+    where sequences may begin, for the offline and the online part of a batch."""
 
     def __init__(self, capacity, image_size, action_size, device="cpu"):
         self.size, self.device = 0, device
@@ -1092,11 +1092,21 @@ class Replay:
         self.starts[part] = np.append(self.starts[part], np.arange(start, end))
         self.size = end
 
-    def sample(self, rng, count, length, part="offline"):
-        """`count` sequences -> dict of (count, length, ...)."""
+    def encode(self, policy):
+        """Add the features of all steps that have none, as `e`: online the encoder is constant."""
+        if "e" not in self.data:
+            shape = len(self.data["r"]), policy.cfg.hidden
+            self.encoded, self.data["e"] = 0, torch.zeros(shape, device=self.device)
+        starts = self.data["is_first"][self.encoded:self.size].nonzero()[:, 0] + self.encoded
+        for start, end in zip(starts, [*starts[1:], self.size]):
+            self.data["e"][start:end] = policy.encode(self.data["image"][start:end])
+        self.encoded = self.size
+
+    def sample(self, rng, count, length, part="offline", without=()):
+        """`count` sequences -> dict of (count, length, ...), but for what is named `without`."""
         at = self.starts[part][rng.integers(0, self.choices(part, length), size=count)]
         at = torch.from_numpy(at[:, None] + np.arange(length)).to(self.device)
-        return {name: values[at] for name, values in self.data.items()}
+        return {name: values[at] for name, values in self.data.items() if name not in without}
 
     def choices(self, part, length):
         """How many sequences of `length` steps a part has; `starts` ascends."""
@@ -1104,13 +1114,18 @@ class Replay:
 
 
 def sample_batch(cfg, rng, replay):
-    """B sequences: all offline before there is online data, then `offline_fraction` of them."""
-    offline = cfg.batch
-    if replay.choices("online", cfg.length):
-        offline = round(cfg.offline_fraction * cfg.batch)
-    parts = [replay.sample(rng, count, cfg.length, part) for part, count in
-             (("offline", offline), ("online", cfg.batch - offline)) if count]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    """B sequences of T steps: all offline before there is online data, then `offline_fraction` of
+    them. If the replay has features: of T' steps, and DECISIONS B `decisions` of k + 1 (or 9)."""
+    def draw(count, length, without=()):
+        offline = round(cfg.offline_fraction * count) if replay.choices("online", length) else count
+        parts = [replay.sample(rng, number, length, part, without) for part, number in
+                 (("offline", offline), ("online", count - offline)) if number]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if "e" not in replay.data:
+        return draw(cfg.batch, cfg.length)
+    length = min(cfg.length, max(cfg.hold, 8) + 1)
+    return draw(cfg.batch, cfg.length - FRAMES + 1) | {
+        "decisions": draw(DECISIONS * cfg.batch, length, without=["image"])}
 
 
 # ---- Environments and offline data ---------------------------------------------------------------
@@ -1160,7 +1175,6 @@ def offline_paths(cfg, workers):
 
 def rollout(cfg, env, policy, seed, sample=False):
     """One episode -> dict of image, action, reward, terminal as on disk, and success (at any step).
-
     `sample`: with noise, from a generator of the episode's own; else mean actions."""
     own = int(np.random.SeedSequence(seed).generate_state(1)[0])
     generator = torch.Generator().manual_seed(own) if sample else None
@@ -1181,10 +1195,9 @@ def rollout(cfg, env, policy, seed, sample=False):
 def evaluate(cfg, workers, agent, episodes, first=0):
     """Fresh episodes from the evaluation stream -> (result, the first four episodes).
 
-    result: `success`, the share of episodes with any successful step; `return`, the discounted sum
-    of rewards up to the time limit; `infinite_horizon_return`, as if the last reward went on for
-    ever; `value_estimate`, what the critics expected of that at the first image, all three in units
-    of 1 / (1 - gamma); `episodes`; and what the environment's own score adds."""
+    result: `success`, the share of episodes with any successful step; `episodes`; and, in units of
+    1 / (1 - gamma), `return`, the discounted rewards to the time limit; `infinite_horizon_return`,
+    as if the last went on for ever; `value_estimate` of that by the critics at the first image."""
     rows, values, rewards, videos, gamma = [], [], [], [], cfg.gamma
     seeds = [episode_seed(cfg, "evaluation", first + index) for index in range(episodes)]
     played = workers.play(agent.ema_policy, seeds)
@@ -1269,8 +1282,7 @@ class Run:
             write_atomically(self.dir / name, lambda file, value=value: torch.save(value, file))
 
     def read_checkpoint(self):
-        """The checkpoint, or None where there is no run. Raises UserError on one that cannot be
-        continued with this config. Weights only: a stranger's file runs nothing."""
+        """The checkpoint, weights only, or None without a run. Raises UserError if it is unfit."""
         rows = read_metrics(self.dir / "metrics.jsonl")
         scored = any(row.get("evaluation") == "offline" for row in rows)
         if not (scored or [*self.dir.glob("*.pt")]):
@@ -1316,8 +1328,7 @@ class Run:
         return episode
 
     def open_data(self):
-        """Bring offline and, on resuming, online episodes into memory. Raises UserError where they
-        have no room, and where the offline ones are not those that the run began with."""
+        """Bring offline and, on resuming, online episodes into memory. Raises UserError."""
         cfg, started = self.cfg, time.perf_counter()
         episodes = [self.load(path) for path in offline_paths(cfg, self.workers)]
         steps = sum(len(episode["image"]) for episode in episodes)
@@ -1338,12 +1349,8 @@ class Run:
             raise UserError(f"the offline data is not what {self.dir} began with; give its --data "
                             "or --cache, or choose another --logdir")
         for index in range(self.state["episodes"]):
-            self.add_online(index)
+            self.replay.add(self.load(self.episode_path(index)), "online")
         self.clock("demonstrations", started)
-
-    def add_online(self, index):
-        """Bring a saved online episode into memory."""
-        self.replay.add(self.load(self.episode_path(index)), "online")
 
     def episode_path(self, index):
         return self.dir / "episodes" / f"{index:05d}.npz"
@@ -1353,14 +1360,13 @@ class Run:
         self.env.close()
 
     def describe(self):
-        """Write config.json (config, environment, versions, machine) and copies of the source: this
-        file, the agent's, and what is in use of experiments/."""
+        """Write config.json, and copies of the source: this, the agent's, experiments/ in use."""
         extra("pictures")                    # in use at the end: kept, and if missing, missed now
         versions = {"python": sys.version, "torch": torch.__version__, "numpy": np.__version__}
-        gpus = [*map(torch.cuda.get_device_name, range(torch.cuda.device_count()))]
         write_json(self.dir / "config.json", {
             "config": dataclasses.asdict(self.cfg), "environment": self.env.describe(),
-            "versions": versions, "cores": cores(), "gpus": gpus})
+            "versions": versions, "cores": cores(),
+            "gpus": [*map(torch.cuda.get_device_name, range(torch.cuda.device_count()))]})
         needed = sys.modules["moto"], inspect.getmodule(type(self.agent))
         for module in [*sys.modules.values()]:
             file = Path(getattr(module, "__file__", None) or "")
@@ -1382,6 +1388,8 @@ class Run:
         """The update of both phases: sample, learn, count, log, save, and stop here if asked."""
         cfg, started, n = self.cfg, time.perf_counter(), self.state["updates"] + 1
         self.agent.misses = self.state["misses"]
+        if stage == "online" and isinstance(self.agent, MOTO):
+            self.replay.encode(self.agent.ema_policy)
         with explained(f"learning failed at update {n}", "lower --model-lr, --actor-lr and "
                        "--critic-lr or use --precision float32", FloatingPointError):
             metrics = self.agent.update(sample_batch(cfg, self.rng, self.replay))
@@ -1418,17 +1426,15 @@ class Run:
 # ---- The two loops -------------------------------------------------------------------------------
 
 def collect_online(run):
-    """Play one episode, save it, and add it to the replay.
-
-    Every second one has no noise. SHARP: noise pushes the hand out of where mean actions leave it
-    waiting. Critics of noisy decisions alone count on the push: drawer-open succeeded in 13 of 15
-    episodes with noise, and in 32 of 50 without."""
+    """Play one episode, save it, and add it to the replay; every second one without noise. SHARP:
+    noise pushes the hand out of where mean actions leave it waiting. Critics of noisy decisions
+    alone count on the push: drawer-open succeeded in 13 of 15 with noise, 32 of 50 without."""
     cfg, state, started, index = run.cfg, run.state, time.perf_counter(), run.state["episodes"]
     seed = episode_seed(cfg, "online", index)
     episode = rollout(cfg, run.env, run.agent.ema_policy, seed, sample=index % 2 == 0)
     success = episode.pop("success")
     save_episode(run.episode_path(index), **episode)
-    run.add_online(index)
+    run.replay.add(run.load(run.episode_path(index)), "online")
     state["episodes"] += 1
     state["misses"] += not success
     state["env_steps"] += len(episode["action"])
@@ -1476,8 +1482,7 @@ def nearest(name, known):
 
 
 def add_config_flags(parser):
-    """Give an argparse parser one flag per field of Config. The parser's argument_default is
-    SUPPRESS: a flag is in its result only where given."""
+    """Give an argparse parser, of argument_default SUPPRESS, one flag per field of Config."""
     parser.epilog = ("Defaults are those of the preset laptop; the numbers of the others are in "
                      f"PRESETS in moto.py. Variants: {', '.join(VARIANTS)}.")
     for f in dataclasses.fields(Config):
@@ -1508,8 +1513,7 @@ def parse(argv):
 
 
 def build_config(**given):
-    """Config: explicit values over the variant's over the task's over the preset's over the
-    defaults. Raises UserError on what cannot work."""
+    """Config: given values over variant, task, preset, defaults. Raises UserError."""
     if given.get("variant") in BASELINES and given["variant"] not in VARIANTS:
         raise UserError(f"the variant {given['variant']} lives in experiments/baselines.py; repeat "
                         "the command with python experiments/baselines.py in place of moto.py")
@@ -1573,8 +1577,8 @@ def check_config(cfg):
             rule = f"in {allowed}"
         elif f.name == "image_size" and value % 16:
             rule = "a multiple of 16"
-        elif f.name == "imagined" and value and not cfg.horizon:
-            rule = "0 without --horizon"
+        elif f.name == "imagined" and value and not (cfg.horizon and cfg.lam):
+            rule = "0 without --horizon and --lam"
         elif f.name == "length" and value < cfg.hold + FRAMES:
             rule = f"at least {cfg.hold + FRAMES}: --hold + {FRAMES} images"
         if rule:
@@ -1582,8 +1586,7 @@ def check_config(cfg):
 
 
 def lock(folder):
-    """An open file that keeps other processes from training in this folder, which is made if need
-    be. Raises UserError where one does, and where the folder cannot be written to."""
+    """An open file that keeps other processes from training in this folder. Raises UserError."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a")
@@ -1652,9 +1655,8 @@ def evaluate_run(logdir, episodes=None, **given):
 
 
 def exit_code(command, argv=None):
-    """Run command(argv), which raises UserError on bad input -> the exit code: 0 done, 2 after a
-    UserError, 130 / 143 stopped after Ctrl-C / SIGTERM. These wait for the next step boundary
-    (minutes, while torch.compile is at work); a second one does not."""
+    """Run command(argv) -> the exit code: 0 done, 2 after a UserError, 130 / 143 stopped after
+    Ctrl-C / SIGTERM. These wait for the next step boundary; a second one does not."""
     stop_requested["signal"] = None
 
     def note(number, frame):

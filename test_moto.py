@@ -371,14 +371,15 @@ def test_eq09_value_expansion_against_a_naive_loop(lam, H):
     assert V.shape == (H + 1, 3)
     for i in range(H + 1):
         left = H - i
-        mixed = sum((1 - lam) * lam ** (n - 1) * n_step(i, n) for n in range(1, left))
-        torch.testing.assert_close(V[i], mixed + lam ** max(left - 1, 0) * n_step(i, left))
+        mixed = sum((1 - lam) * lam ** n * n_step(i, n) for n in range(left))
+        torch.testing.assert_close(V[i], mixed + lam ** left * n_step(i, left))
 
 
-def test_eq09_expand_against_a_naive_loop_over_single_steps():
+@pytest.mark.parametrize("lam", [1.0, 0.3])
+def test_eq09_expand_against_a_naive_loop_over_single_steps(lam):
     """With lam 1: all H k penalised rewards, discounted by gamma and the continuation, then Q; V^j
-    begins at the j-th decision."""
-    agent, (H, k) = online_agent(critics=1, lam=1.0, gamma=0.9, alpha=0.5), (3, 2)
+    begins at the j-th decision. Else the mixture of that after 0 to H - j decisions."""
+    agent, (H, k) = online_agent(critics=1, lam=lam, gamma=0.9, alpha=0.5), (3, 2)
     for name in ("actor", "target", "model"):
         randomised(agent.modules[name])
     agent.model.disagreement_mean.fill_(0.3)
@@ -386,13 +387,17 @@ def test_eq09_expand_against_a_naive_loop_over_single_steps():
     feat, u = imagined["feat"], imagined["u"]
     assert V.shape == (H + 1, 5)
     for j, n in itertools.product(range(H + 1), range(5)):
-        total, product = 0.0, 1.0
-        for i in range(j * k, H * k):
-            r = agent.model.expected_reward(feat[i + 1, n])
-            total = total + product * (r - 0.5 * max(0, u[i, n] / 0.3 - 1))
-            product = product * 0.9 * agent.model.expected_continuation(feat[i + 1, n])
-        q = agent.target(imagined["e"][-1, n, None], imagined["d"][-1, n, None]).squeeze()
-        torch.testing.assert_close(V[j, n], total + product * q)
+        total, product, mixture = 0.0, 1.0, 0.0
+        for i in range(j * k, H * k + 1):
+            if i % k == 0:                                        # stop here, after i / k - j
+                q = agent.target(*(imagined[name][i // k, n, None] for name in "ed")).squeeze()
+                weight = lam ** (i // k - j) * (1.0 if i == H * k else 1 - lam)
+                mixture = mixture + weight * (total + product * q)
+            if i < H * k:
+                r = agent.model.expected_reward(feat[i + 1, n])
+                total = total + product * (r - 0.5 * max(0, u[i, n] / 0.3 - 1))
+                product = product * 0.9 * agent.model.expected_continuation(feat[i + 1, n])
+        torch.testing.assert_close(V[j, n], mixture)
 
 
 def test_eq09_accumulate_makes_one_step_of_a_decision():
@@ -1084,6 +1089,77 @@ def test_replay_is_uniform_over_positions_and_mixes_as_told():
     assert len(found) == 56 and found.min() > 0.7 * found.mean()
     images = store.data["image"]
     assert images.dtype == torch.uint8 and len(images) == 90  # held once
+
+
+def test_a_replay_keeps_features_and_online_batches_have_decisions():
+    """Each episode is encoded by itself and once; decisions are short, many, and without images."""
+    cfg, policy, rng = tiny(hold=2, batch=4), tiny_agent().ema_policy, np.random.default_rng(0)
+    store = moto.Replay(60, 16, 2)
+
+    def add(n, part):
+        images = np.random.default_rng(n).integers(0, 255, (n, 16, 16, 3), dtype=np.uint8)
+        store.add({"image": images, "action": np.zeros((n - 1, 2)), "reward": np.arange(n - 1),
+                   "terminal": False}, part)
+        return images
+    first, second = add(9, "offline"), add(12, "online")
+    assert "decisions" not in moto.sample_batch(cfg, rng, store)
+    store.encode(policy)
+    torch.testing.assert_close(store.data["e"][:9], policy.encode(first))
+    torch.testing.assert_close(store.data["e"][9:21], policy.encode(second))
+    before, third = store.data["e"][:21].clone(), add(15, "online")
+    randomised(policy.encoder)                                # what is there stays as it is
+    store.encode(policy)
+    assert torch.equal(store.data["e"][:21], before)
+    torch.testing.assert_close(store.data["e"][21:36], policy.encode(third))
+
+    batch = moto.sample_batch(cfg, rng, store)
+    decisions = batch.pop("decisions")
+    assert batch["e"].shape == (4, 4, 16) and batch["image"].shape[:2] == (4, 4)   # T' of T = 6
+    assert "image" not in decisions and decisions["e"].shape == (moto.DECISIONS * 4, 6, 16)
+    old = (decisions["e"][:, :1] == before[:9]).all(-1).any(-1)
+    assert old.sum() == moto.DECISIONS * 2                    # half of them demonstrations
+
+
+@pytest.mark.parametrize("variant", ["moto", "iql"])
+def test_a_run_gives_moto_decisions_online_and_only_there(variant, dots, tmp_path, monkeypatch):
+    run, kinds = moto.Run(tiny(variant=variant, data=str(dots), logdir=str(tmp_path))), []
+    update = run.agent.update
+    monkeypatch.setattr(run.agent, "update", lambda batch: kinds.append("decisions" in batch)
+                        or update(batch))
+    run.open_data()
+    moto.pretrain(run)
+    moto.finetune(run)
+    run.close()
+    assert kinds == [False] * 6 + [variant == "moto"] * 8
+    if variant == "moto":
+        assert run.replay.encoded == run.replay.size          # the newest episode, too
+
+
+def test_online_the_model_learns_from_sequences_and_critics_and_actor_from_decisions():
+    """Of longer decisions the last k + 1 steps count; what comes before is filtered only."""
+    def after(batch_reward=0.0, decision_reward=0.0, feature=0.0, early_reward=0.0):
+        agent = online_agent(horizon=0)
+        randomised(agent.actor)
+        torch.manual_seed(3)
+        cfg = agent.cfg
+        batch, decisions = (batch_of(cfg, **size) for size in ({}, dict(B=20, T=6, seed=1)))
+        for part in (batch, decisions):
+            part["e"] = torch.rand(*part["r"].shape, 16, generator=torch.Generator().manual_seed(5))
+        batch["e"] += feature
+        batch["r"] += batch_reward
+        decisions["r"][:, 4:] += decision_reward              # k = 2: arriving at the last two
+        decisions["r"][:, :4] += early_reward
+        del decisions["image"]
+        metrics = agent.update(batch | {"decisions": decisions})
+        return snapshot(agent), metrics
+    plain, metrics = after()
+    equal = lambda other: {name for name in plain if torch.equal(plain[name], other[0][name])}
+    by_reward, by_feature, by_decision = after(0.5), after(feature=0.3), after(0.0, 0.5)
+    assert equal(after(early_reward=0.5)) == {*plain}
+    assert equal(by_reward) == equal(by_feature) == {*plain} - {"model"}
+    assert by_feature[1]["model/feature"] != metrics["model/feature"]
+    assert {"critic", "target", "actor"}.isdisjoint(equal(by_decision))
+    assert {"model", "encoder", "prior"} <= equal(by_decision)
 
 
 def test_gym_actions_are_mapped_to_the_box_and_seeds_fix_the_episode():
@@ -1869,6 +1945,7 @@ def one_sentence(capsys, argv, *words, program=moto):
     (["--model-lr", "0"], ["--model-lr", "(0, inf)"]),
     (["--image-size", "50"], ["multiple of 16"]),
     (["--length", "10"], ["--length", "at least 11", "--hold"]),
+    (["--imagined", "0.5", "--lam", "0"], ["--imagined", "0 without", "--lam"]),
     (["--episode-steps", "300"], ["--episode-steps", "at most 245"]),
     (["--evaluate", "/nowhere", "--episodes", "0"], ["--episodes", "at least 1"]),
     (["--device", "abacus"], ["abacus"]),
@@ -2466,7 +2543,7 @@ def test_online_rewards_must_fit_the_reward_head(dots, tmp_path):
     image = np.zeros((13, 16, 16, 3), np.uint8)
     moto.save_episode(started.episode_path(0), image, np.zeros((12, 2)), [0] * 11 + [2])
     with pytest.raises(moto.UserError, match="--reward-head normal"):
-        started.add_online(0)
+        started.load(started.episode_path(0))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2570,11 +2647,12 @@ def test_bench_measures_and_its_parts_add_up(capsys):
     assert 0 < result["fraction_of_peak"] < 1 and set(result["forms"]) == {"plain", "eager"}
     parts = result["parts"]
     offline, online = parts.pop("offline update"), parts.pop("online update")
-    count = lambda *without: sum(parts[name]["gflop"] for name in parts if name not in without)
-    assert 0.98 < count("actor") / offline["gflop"] < 1.02    # counted, not timed
-    assert 0.98 < count("behaviour prior") / online["gflop"] < 1.02
-    assert set(parts) == {"data", "behaviour prior", "features", "model", "imagination", "critic",
-                          "actor", "optimisers"}
+    count = lambda *names: sum(parts[name]["gflop"] for name in names)    # counted, not timed
+    only_offline = "behaviour prior", "features", "offline critic"
+    only_online = "filter", "imagination", "critic", "actor"
+    assert set(parts) == {"data", "model", "optimisers", *only_offline, *only_online}
+    assert 0.98 < count("model", *only_offline) / offline["gflop"] < 1.02
+    assert 0.98 < count("model", *only_online) / online["gflop"] < 1.02
     assert set(result["growth"]) == {"batch B", "sequence length T", "ensemble K", "horizon H",
                                      "width", "sampling"}
 

@@ -100,7 +100,9 @@ def learner(cfg, compiled=False, warm=3, online=True):
     cfg = dataclasses.replace(cfg, warmup=0, offline_updates=0 if online else 10 ** 9)
     agent = moto.MOTO(cfg, 4, False, cfg.device, compiled)
     store, rng = synthetic_replay(cfg, 10), np.random.default_rng(0)
-    update = lambda: agent.update(store.sample(rng, cfg.batch, cfg.length))
+    if online:
+        store.encode(agent.ema_policy)
+    update = lambda: agent.update(moto.sample_batch(cfg, rng, store))
     for _ in range(warm):
         update()
     return agent, update
@@ -129,16 +131,29 @@ def bench_forms(cfg, repeat=15):
 
 
 def bench_parts(cfg, repeat=10):
-    """Milliseconds and operations of the parts of one update (forward and backward), eager."""
+    """Milliseconds and operations of the parts of one update (forward and backward), eager.
+    Offline: behaviour prior, features, model, offline critic (with what it imagines); online:
+    model, filter, imagination, critic, actor."""
     (agent, update), store = learner(cfg), synthetic_replay(cfg, 10)
     rng, policy, device = np.random.default_rng(0), agent.ema_policy, cfg.device
-    sample = lambda: store.sample(rng, cfg.batch, cfg.length)
-    batch = agent.prepare_batch(sample())
+    batch = agent.prepare_batch(store.sample(rng, cfg.batch, cfg.length))
+    store.encode(policy)
+    sample = lambda: moto.sample_batch(cfg, rng, store)
+    later = agent.prepare_batch(sample())
+    decisions = later.pop("decisions")
+
+    @torch.no_grad()
+    def filtered(e, part):
+        return torch.cat(agent.model.observe(e, part["a"], part["is_first"])[:2], -1)
+
     with torch.no_grad():
-        e, later = agent.encode_frames(policy.encoder, batch, shift=0)
-        feat = torch.cat(agent.model.observe(e, later["a"], later["is_first"])[:2], -1)
-    later |= {"x": moto.to_image(later["image"]), "e": e}
-    start = [value[:, cfg.hold:].flatten(0, 1) for value in (feat, e)]
+        e, offline = agent.encode_frames(policy.encoder, batch, shift=0)
+    before = filtered(e, offline)
+    first, feat = -cfg.hold - 1, filtered(decisions["e"], decisions)[:, -cfg.hold - 1:]
+    valid = decisions["valid"][:, first + 1:]
+    one = {name: value[:, first:] for name, value in decisions.items()} | {"valid": valid}
+    start = [value[:, cfg.hold:].flatten(0, 1) for value in (feat, one["e"])]
+    later["x"] = moto.to_image(later["image"])
 
     def both_ways(forward, autocast=contextlib.nullcontext):
         def call():
@@ -164,16 +179,20 @@ def bench_parts(cfg, repeat=10):
             *agent.encode_frames(agent.encoder, batch, cfg.shift))[0], agent.autocast),
         "features": features,
         "model": both_ways(lambda: agent.model_terms(later)[0], agent.autocast),
+        "offline critic": both_ways(
+            lambda: agent.critic_terms(before, e, offline)[0]),
+        "filter": lambda: filtered(decisions["e"], decisions),
         "imagination": lambda: agent.expand(*start),
-        "critic": both_ways(lambda: agent.critic_terms(feat, e, later)[0]),
-        "actor": both_ways(lambda: agent.actor_terms(e, cfg.beta)[0]), "optimisers": optimisers}
+        "critic": both_ways(lambda: agent.critic_terms(feat, one["e"], one)[0]),
+        "actor": both_ways(lambda: agent.actor_terms(one["e"][:, 0], cfg.beta)[0]),
+        "optimisers": optimisers}
     medians(calls, 2, device)
     ms = {name: 1e3 * seconds for name, seconds in medians(calls, repeat, device).items()}
     gflop = {name: flops(call) / 1e9 for name, call in calls.items()}
     for values in ms, gflop:
         values["critic"] -= values["imagination"]
-    order = ("data", "behaviour prior", "features", "model", "imagination", "critic", "actor",
-             "optimisers", "offline update", "online update")
+    order = ("data", "behaviour prior", "features", "model", "offline critic", "filter",
+             "imagination", "critic", "actor", "optimisers", "offline update", "online update")
     return {name: {"ms": ms[name], "gflop": gflop[name]} for name in order}
 
 

@@ -135,6 +135,8 @@ def train(env, demonstrations, seed=0, **changes):
         learner.misses += not episode.pop("success")
         episode = {name: np.array(value) for name, value in episode.items()}
         replay.add(episode | {"terminal": False}, part="online")
+        if isinstance(learner, moto.MOTO):
+            replay.encode(learner.ema_policy)
         for _ in range(cfg.updates_per_episode):
             metrics.append(learner.update(moto.sample_batch(cfg, rng, replay)))
     played.append(evaluate() if cfg.online_episodes else played[0])
