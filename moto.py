@@ -11,11 +11,10 @@ Fine-tuning for Model-based Robot Learning", CoRL 2023, arXiv 2401.03306.
 
 The algorithm:
     1. collect a few demonstrations (images, actions, sparse rewards)
-    2. repeat N times on the demonstrations alone (offline), then U times after each new episode
-       (online):
-    3.     sample B sequences of T steps; online 20 B decisions of k + 1 steps besides, for 6 to 8
-    4.     offline: the behaviour prior b(a|e) imitates the demonstrations; e, the feature of three
-           images, learns with it (Eq 13, 15). Online both stay as they are
+    2. repeat N times: the behaviour prior b(a|e) imitates the demonstrations; e, the feature of
+       three images, learns with it (Eq 13, 15). Then both stay as they are
+    3. repeat N times on the demonstrations (offline), then U times after each episode (online):
+    4.     sample B sequences of T' steps for 5, and 20 B decisions of k + 1 steps for 6 to 8
     5.     world model: filter the features into latents (Eq 1); learn to predict the next latent
            with K heads (Eq 2), the image, the reward and e (Eq 3): the evidence lower bound
            (Eq 4, 5)
@@ -111,7 +110,7 @@ class Config:
     actor_lr: float = opt(3e-4, "learning rate of encoder, prior, actor [LOMPO: 3e-4]", "(0, inf)")
     critic_lr: float = opt(1e-3, "learning rate of the critics [LOMPO: 3e-4]", "(0, inf)")
     # Loops
-    offline_updates: int = opt(800, "N, offline updates [paper: 1000, Meta-World]", "[0, inf)")
+    offline_updates: int = opt(800, "N, of the prior, then of the rest [paper: 1000]", "[0, inf)")
     online_episodes: int = opt(30, "online episodes [paper: up to 500]", "[0, inf)")
     updates_per_episode: int = opt(40, "U, updates after each of them [paper: 50]", "[1, inf)")
     eval_every: int = opt(200, "updates between evaluations on the way", "[1, inf)")
@@ -120,7 +119,7 @@ class Config:
     save_every: int = opt(250, "updates between checkpoints", "[1, inf)")
 
 
-DECISIONS = 20              # online: decisions per sequence of a batch, each drawn by itself
+DECISIONS = 20              # decisions per sequence of a batch, each drawn by itself
 FRAMES = 3                  # images that the feature e sees [paper's baselines: 3]
 GRAD_CLIP = 100.0           # largest norm of each optimiser's gradient [DreamerV2: 100]
 MIN_STD = 0.05              # smallest standard deviation of the behaviour prior
@@ -455,7 +454,7 @@ def model_loss(model, batch):
         s_t ~ q (Eq 1)
 
     batch: dict of x (B, T, 3, P, P), e (B, T, E), a (B, T, A), r, is_terminal, is_first (B, T).
-    Returns (loss, metrics, feat (B, T, F))."""
+    Returns (loss, metrics)."""
     cfg = model.cfg
     h, z, *posterior = model.observe(batch["e"], batch["a"], batch["is_first"])
     feat = torch.cat([h, z], -1)
@@ -466,7 +465,7 @@ def model_loss(model, batch):
     metrics = {f"model/{name}": value.detach() for name, value in losses.items()}
     metrics["model/disagreement"] = disagreement(prior[0]).mean().detach()
     losses["reward"] = cfg.reward_scale * losses["reward"]
-    return sum(losses.values()), metrics, feat
+    return sum(losses.values()), metrics
 
 
 # ---- Imagination under the penalty ---------------------------------------------------------------
@@ -756,7 +755,8 @@ class Agent:
     A subclass makes its modules, calls `prepare`, and has `update(batch)` -> metrics, `ema_policy`
     (a Policy), and, with critics, `value_estimate(image)` for an episode's first image."""
     value_estimate = None
-    misses = 0                                            # online episodes without success so far
+    stages = 1                                            # of N offline updates each
+    episodes = misses = 0                                 # online ones so far; without success
 
     def __init__(self, cfg, device):
         self.cfg, self.device = cfg, torch.device(device)
@@ -780,12 +780,12 @@ class Agent:
         batch["valid"] = (~batch["is_first"][:, 1:]).float()
         return batch
 
-    def encode_frames(self, encoder, batch, shift):
+    def encode_frames(self, encoder, batch):
         """An Encoder on a batch, each stack shifted by itself -> e (B, T', E), and the batch of
         (B, T', ...): the first steps have no whole stack."""
         x = stacked(batch["image"], batch["is_first"])
         batch = {name: value[:, FRAMES - 1:] for name, value in batch.items()}
-        x = random_shift(x.flatten(0, 1), shift) if shift else x.flatten(0, 1)
+        x = random_shift(x.flatten(0, 1), self.cfg.shift)
         with self.autocast():
             e = encoder(to_image(x)).float()
         return e.unflatten(0, batch["a"].shape[:2]), batch
@@ -843,17 +843,13 @@ class BC(Agent):
         self.prepare(encoder=cfg.actor_lr, prior=cfg.actor_lr)
 
     def update(self, batch):
-        """One step of everything; as MOTO.update."""
-        return as_numbers(self.update_prior(self.prepare_batch(batch)))
-
-    def update_prior(self, batch):
-        """A step of encoder and prior on a prepared batch -> metrics (tensors)."""
-        e, batch = self.encode_frames(self.encoder, batch, self.cfg.shift)
+        """One step of encoder and prior on a sampled batch -> metrics."""
+        e, batch = self.encode_frames(self.encoder, self.prepare_batch(batch))
         with self.autocast():
             loss, metrics = self.losses(e, batch)
         metrics |= self.step(loss, "encoder", "prior")
         self.ema_policy.update_ema(encoder=self.encoder, prior=self.prior)
-        return metrics
+        return as_numbers(metrics)
 
     def losses(self, e, batch):
         """e (B, T', E) of the stacked images, batch of (B, T', ...) -> loss, metrics."""
@@ -862,8 +858,9 @@ class BC(Agent):
 
 
 class MOTO(BC):
-    """Behaviour prior, world model, critics, actor, and the one `update` that both phases share.
-    `compiled`: its largest part goes through torch.compile (with CUDA graphs on a GPU)."""
+    """The behaviour prior first; then world model, critics, actor, with one `update` for both
+    phases. `compiled`: the model's loss goes through torch.compile (on a GPU with CUDA graphs)."""
+    stages = 2
 
     def __init__(self, cfg, action_size, terminates, device, compiled=False):
         super().__init__(cfg, action_size, terminates, device)
@@ -879,48 +876,45 @@ class MOTO(BC):
             self.model_terms = torch.compile(self.model_terms, mode=mode)
 
     def update(self, batch):
-        """One step of everything on a sampled batch -> metrics. Raises FloatingPointError."""
-        cfg, batch, metrics = self.cfg, self.prepare_batch(batch), {}
-        n = 1 + (float(self.ema_policy.updates) - cfg.offline_updates) // cfg.updates_per_episode
+        """One step of the prior, or, with features and decisions in the batch, of all the rest ->
+        metrics. Raises FloatingPointError."""
+        if "decisions" not in batch:
+            return super().update(batch)
+        cfg, batch = self.cfg, self.prepare_batch(batch)
         torch.compiler.cudagraph_mark_step_begin()        # CUDA graphs reuse their memory from here
-        decisions = batch.pop("decisions", None)
-        if n < 1:
-            metrics = self.update_prior(batch)
-        if decisions is None:                             # offline: features are not constant yet
-            with torch.no_grad():
-                e, batch = self.encode_frames(self.ema_policy.encoder, batch, shift=0)
-            batch["e"] = e
+        decisions = batch.pop("decisions")
         with self.autocast():
-            loss, more, feat = self.model_terms(batch | {"x": to_image(batch["image"])})
-        metrics |= more | self.step(loss, "model")
+            loss, metrics = self.model_terms(batch | {"x": to_image(batch["image"])})
+        metrics |= self.step(loss, "model")
         u, mean = metrics["model/disagreement"], self.model.disagreement_mean
         mean.copy_(torch.where(mean == 0, u, torch.lerp(mean, u, 0.01)))
-
         # From here in float32: what a correction is worth is a small difference of large values.
-        if decisions:                                     # SHARP: neighbours tell the critics less
-            with torch.no_grad():
-                h, z, *_ = self.model.observe(*(decisions[name] for name in ("e", "a", "is_first")))
-            first = h.shape[1] - cfg.hold - 1             # before it: for the filter
-            feat = torch.cat([h, z], -1)[:, first:]
-            batch = {name: value[:, first:] for name, value in decisions.items()}
-        loss, more = self.critic_terms(feat.detach().float(), batch["e"], batch)
+        feat, decisions = self.filter(decisions)
+        loss, more = self.critic_terms(feat, decisions["e"], decisions)
         metrics |= more | self.step(loss, "critic")
         update_target(self.target, self.critic, cfg.target_rate)
-        if n >= 1 and self.misses >= cfg.warmup:          # SHARP: critics that have seen no failure
-            e = batch["e"][:, 0] if decisions else batch["e"]        # praise what would fail
-            loss, more = self.actor_terms(e, cfg.beta / n)
+        if self.episodes and self.misses >= cfg.warmup:   # SHARP: critics without failures flatter
+            loss, more = self.actor_terms(decisions["e"][:, 0], cfg.beta / self.episodes)
             metrics |= more | self.step(loss, "actor")
-        if n >= 1:
             self.ema_policy.update_ema(actor=self.actor)
         return as_numbers(metrics)
 
+    @torch.no_grad()
+    def filter(self, decisions):
+        """The latents of decisions (B', T, ...) and what they are of, both of the last k + 1 steps:
+        feat (B', k + 1, F), dict of (B', k + 1, ...). The steps before them start the filter."""
+        h, z, *_ = self.model.observe(*(decisions[name] for name in ("e", "a", "is_first")))
+        last = {name: value[:, -self.cfg.hold - 1:] for name, value in decisions.items()}
+        last["valid"] = decisions["valid"][:, -self.cfg.hold:]
+        return torch.cat([h, z], -1)[:, -self.cfg.hold - 1:], last
+
     def model_terms(self, batch):
-        """Eq 1 to 5: a batch of (B, T', ...) with x and e -> loss, metrics, feat (B, T', F)."""
+        """Eq 1 to 5: a batch of (B, T', ...) with x and e -> loss, metrics."""
         return model_loss(self.model, batch)
 
     def actor_terms(self, e, weight):
-        """Eq 14 at the real features e (B, T', E) (DEPARTURE: no gradient through the model) ->
-        loss, metrics, with the sizes of the two terms' gradients with respect to d."""
+        """Eq 14 at real features e (..., E) (DEPARTURE: no gradient through the model) -> loss,
+        metrics, with the sizes of the two terms' gradients with respect to d."""
         d = self.actor(e)
         q = self.critic(e, self.ema_policy.effective(e, d))
         loss = actor_loss(q, d, weight)
@@ -1093,7 +1087,7 @@ class Replay:
         self.size = end
 
     def encode(self, policy):
-        """Add the features of all steps that have none, as `e`: online the encoder is constant."""
+        """Add the features of all steps that have none, as `e`. The encoder is constant by then."""
         if "e" not in self.data:
             shape = len(self.data["r"]), policy.cfg.hidden
             self.encoded, self.data["e"] = 0, torch.zeros(shape, device=self.device)
@@ -1239,8 +1233,13 @@ def differences(then, now, besides=MAY_CHANGE):
 
 
 def planned_updates(cfg):
-    """N + U per online episode."""
-    return cfg.offline_updates + cfg.online_episodes * cfg.updates_per_episode
+    """Those of all offline stages, and U per online episode."""
+    return planned_offline(cfg) + cfg.online_episodes * cfg.updates_per_episode
+
+
+def planned_offline(cfg):
+    """N for every stage that the agent has."""
+    return AGENTS.get(cfg.variant, MOTO).stages * cfg.offline_updates
 
 
 class Run:
@@ -1387,8 +1386,8 @@ class Run:
     def update(self, bar, stage):
         """The update of both phases: sample, learn, count, log, save, and stop here if asked."""
         cfg, started, n = self.cfg, time.perf_counter(), self.state["updates"] + 1
-        self.agent.misses = self.state["misses"]
-        if stage == "online" and isinstance(self.agent, MOTO):
+        self.agent.episodes, self.agent.misses = self.state["episodes"], self.state["misses"]
+        if n > cfg.offline_updates and self.agent.stages == 2:
             self.replay.encode(self.agent.ema_policy)
         with explained(f"learning failed at update {n}", "lower --model-lr, --actor-lr and "
                        "--critic-lr or use --precision float32", FloatingPointError):
@@ -1419,7 +1418,8 @@ class Run:
 
     def score_on_the_way(self):
         n = self.state["updates"]
-        if n % self.cfg.eval_every == 0 and n not in (0, self.cfg.offline_updates):
+        constant = self.cfg.offline_updates <= n <= planned_offline(self.cfg)
+        if n and n % self.cfg.eval_every == 0 and not constant:
             self.score(f"update {n}", max(1, self.cfg.final_episodes // 5))
 
 
@@ -1445,7 +1445,7 @@ def collect_online(run):
 
 def pretrain(run):
     """Offline: updates on the static data alone, then the offline score."""
-    state, N = run.state, run.cfg.offline_updates
+    state, N = run.state, planned_offline(run.cfg)
     with tqdm(total=N, initial=min(state["updates"], N), desc="offline") as bar:
         while state["updates"] < N:
             run.score_on_the_way()
@@ -1459,7 +1459,7 @@ def pretrain(run):
 def finetune(run):
     """Online: one episode with the present policy, then U updates on old and new data together;
     again. Ends with the final score; without online episodes that is the offline score."""
-    cfg, state, N, end = run.cfg, run.state, run.cfg.offline_updates, planned_updates(run.cfg)
+    cfg, state, N, end = run.cfg, run.state, planned_offline(run.cfg), planned_updates(run.cfg)
     with tqdm(total=end - N, initial=state["updates"] - N, desc="online", disable=end == N) as bar:
         while state["updates"] < end:
             state["scores"].pop("final", None)                         # of a run that was shorter

@@ -50,8 +50,10 @@ def tiny_agent(terminates=True, **changes):
 
 
 def online_agent(**changes):
-    """An agent whose every update is one of the online phase, and moves the actor."""
-    return tiny_agent(**(dict(offline_updates=0, warmup=0) | changes))
+    """An agent whose every update of a `practice_batch` moves the actor, too."""
+    agent = tiny_agent(**(dict(warmup=0) | changes))
+    agent.episodes = 1
+    return agent
 
 
 def randomised(module, scale=0.3):
@@ -71,6 +73,16 @@ def batch_of(cfg, B=4, T=6, A=2, seed=0):
             "a": torch.rand(B, T, A, generator=g) * 1.8 - 0.9,
             "r": torch.rand(B, T, generator=g), "is_terminal": torch.zeros(B, T),
             "is_first": first}
+
+
+def practice_batch(cfg, seed=0, **sizes):
+    """What a batch is once features are kept: these, and decisions without images."""
+    batch, decisions = batch_of(cfg, seed=seed, **sizes), batch_of(cfg, 20, seed=seed + 100)
+    for part in (batch, decisions):
+        g = torch.Generator().manual_seed(seed)
+        part["e"] = torch.rand(*part["r"].shape, cfg.hidden, generator=g) * 2 - 1
+    del decisions["image"]
+    return batch | {"decisions": decisions}
 
 
 def prepared(batch):
@@ -233,13 +245,12 @@ def test_eq03_decoder_losses_are_log_likelihoods(head):
 def test_eq04_model_loss_is_the_sum_of_its_parts_and_reaches_every_parameter(agent):
     cfg = agent.cfg
     torch.manual_seed(0)
-    loss, metrics, feat = moto.model_loss(agent.model, prepared(batch_of(cfg)))
+    loss, metrics = moto.model_loss(agent.model, prepared(batch_of(cfg)))
     expected = (metrics["model/image"] + cfg.reward_scale * metrics["model/reward"]
                 + metrics["model/kl"] + metrics["model/continuation"] + metrics["model/feature"])
     torch.testing.assert_close(loss.detach(), expected)
-    assert feat.shape == (4, 6, 22) and feat.requires_grad
     agent.model.cfg = dataclasses.replace(cfg, free_nats=0.0)
-    loss, *_ = moto.model_loss(agent.model, prepared(batch_of(cfg)))
+    loss, _ = moto.model_loss(agent.model, prepared(batch_of(cfg)))
     grads = torch.autograd.grad(loss, list(agent.model.parameters()))    # raises on an unused one
     assert all(g.abs().sum() > 0 for g in grads)
 
@@ -314,7 +325,7 @@ def expanded(agent, alpha):
 
 
 def test_eq07_penalty_lowers_the_value_and_is_logged(agent):
-    agent.update(batch_of(agent.cfg))                         # there is a mean disagreement now
+    agent.update(practice_batch(agent.cfg))                   # there is a mean disagreement now
     (V, imagined, metrics), (lower, _, penalised) = expanded(agent, 0.0), expanded(agent, 3.0)
     excess = (imagined["u"] / agent.model.disagreement_mean - 1).clamp(min=0)
     assert excess.max() > 0 and (excess == 0).any()
@@ -324,7 +335,7 @@ def test_eq07_penalty_lowers_the_value_and_is_logged(agent):
 
 
 def test_eq07_the_mean_disagreement_is_a_running_one(agent):
-    first, second = (agent.update(batch_of(agent.cfg, seed=i))["model/disagreement"]
+    first, second = (agent.update(practice_batch(agent.cfg, seed=i))["model/disagreement"]
                      for i in range(2))
     assert float(agent.model.disagreement_mean) == pytest.approx(0.99 * first + 0.01 * second)
     assert first != second
@@ -495,7 +506,7 @@ def critic_batch(agent):
     batch = batch_of(agent.cfg)
     batch["is_first"][1, 4] = batch["is_first"][2, 3] = True
     batch["is_terminal"][1, 3] = 1
-    later = agent.encode_frames(agent.encoder, agent.prepare_batch(batch), 0)[1]
+    later = agent.encode_frames(agent.encoder, agent.prepare_batch(batch))[1]
     return torch.randn(4, 4, 22), torch.rand(4, 4, 16) * 2 - 1, later
 
 
@@ -552,7 +563,7 @@ def test_eq11_imagined_is_the_share_of_imagined_transitions(share):
 
 def test_eq12_target_is_a_moving_average(agent):
     old = copy.deepcopy(agent.target)
-    agent.update(batch_of(agent.cfg))
+    agent.update(practice_batch(agent.cfg))
     modules = old, agent.target, agent.critic
     for before, after, fast in zip(*(module.parameters() for module in modules)):
         torch.testing.assert_close(after, 0.98 * before + 0.02 * fast)
@@ -575,12 +586,11 @@ def test_eq13_behaviour_loss_is_the_likelihood_of_the_leaving_action(agent):
     assert moto.behaviour_loss(prior, e, a, 0 * w) == 0
 
 
-def test_eq13_only_offline_actions_are_cloned_and_none_across_an_episode_boundary(agent):
-    batch, name = batch_of(agent.cfg), "prior/behaviour_nll"
-    nll = lambda **changed: agent.update(batch | changed)[name]
+def test_eq13_no_action_is_cloned_across_an_episode_boundary(agent):
+    batch = batch_of(agent.cfg)
+    nll = lambda **changed: agent.update(batch | changed)["prior/behaviour_nll"]
     assert nll() != 0
     assert nll(is_first=torch.ones(4, 6, dtype=torch.bool)) == 0
-    assert name not in online_agent().update(batch)
 
 
 def test_eq13_cloning_sees_shifted_images():
@@ -614,7 +624,7 @@ def test_eq14_following_the_loss_raises_the_critics_value_or_ends_at_the_prior(b
     agent = online_agent(beta=beta, actor_lr=1e-2, model_lr=1e-12, critic_lr=1e-12)
     randomised(agent.actor, 0.05)
     randomised(agent.critic, 0.5)                             # with opinions
-    metrics = [agent.update(batch_of(agent.cfg)) for _ in range(40)]
+    metrics = [agent.update(practice_batch(agent.cfg)) for _ in range(40)]
     first, last = ({name: np.mean([row[name] for row in rows]) for name in rows[0]}
                    for rows in (metrics[:5], metrics[-5:]))
     if beta:
@@ -651,12 +661,13 @@ def test_eq14_the_logged_gradients_are_those_of_the_two_terms():
 
 
 def test_eq14_the_behaviour_weight_falls_with_the_number_of_online_episodes():
-    """Two updates an episode, all on one batch, with an actor that stands still."""
-    agent = online_agent(updates_per_episode=2, actor_lr=1e-12)
+    """On one batch, with an actor that stands still."""
+    agent, gradients = online_agent(actor_lr=1e-12), []
     randomised(agent.actor)
-    gradients = [agent.update(batch_of(agent.cfg))["actor/behaviour_gradient"] for _ in range(6)]
-    expected = [gradients[0] / n for n in (1, 1, 2, 2, 3, 3)]
-    np.testing.assert_allclose(gradients, expected, rtol=1e-4)
+    for agent.episodes in (1, 2, 10):
+        metrics = agent.update(practice_batch(agent.cfg))
+        gradients.append(metrics["actor/behaviour_gradient"])
+    np.testing.assert_allclose(gradients, gradients[0] / np.array([1, 2, 10]), rtol=1e-4)
 
 
 @pytest.mark.parametrize("mean,std", [(0.0, 1.0), (1.5, 0.4), (-0.3, 2.0)])
@@ -724,12 +735,14 @@ def snapshot(agent):
     return {name: flat(module.parameters()) for name, module in agent.modules.items()}
 
 
-@pytest.mark.parametrize("online, expected", [
-    (False, [("encoder", "prior"), ("model",), ("critic",)]),
-    (True, [("model",), ("critic",), ("actor",)])])
-def test_each_loss_reaches_and_moves_its_own_parameters_and_no_others(online, expected):
-    """In each step of an optimiser; a gradient elsewhere would be one that should have stopped."""
-    agent = online_agent(imagined=0.5) if online else tiny_agent(imagined=0.5)
+@pytest.mark.parametrize("stage, expected", [
+    (1, [("encoder", "prior")]), (2, [("model",), ("critic",)]),
+    (3, [("model",), ("critic",), ("actor",)])])
+def test_each_loss_reaches_and_moves_its_own_parameters_and_no_others(stage, expected):
+    """In each step of an optimiser; a gradient elsewhere would be one that should have stopped.
+    What acts follows what was stepped."""
+    agent = online_agent(imagined=0.5)
+    agent.episodes = int(stage == 3)
     randomised(agent.actor)
     step, seen = agent.step, []
 
@@ -747,33 +760,20 @@ def test_each_loss_reaches_and_moves_its_own_parameters_and_no_others(online, ex
         assert all(norms[f"grad/{name}"] > 0 for name in names)
         seen.append(names)
         return norms
-    agent.step = watched
-    agent.update(batch_of(agent.cfg))
+    agent.step, parts = watched, ("encoder", "prior", "actor")
+    acting = lambda: {n: flat(getattr(agent.ema_policy, n).parameters()) for n in parts}
+    before = acting()
+    agent.update((batch_of if stage == 1 else practice_batch)(agent.cfg))
     assert seen == expected
-
-
-def test_encoder_and_prior_learn_offline_and_stay_as_they_are_online():
-    """Online also what acts keeps them exactly; world model and critics go on in both phases."""
-    agent, moved = tiny_agent(offline_updates=2, warmup=0), []
-    everything = lambda: snapshot(agent) | {
-        f"acting {name}": flat(getattr(agent.ema_policy, name).parameters())
-        for name in ("encoder", "prior", "actor")}
-    for _ in range(4):
-        before = everything()
-        agent.update(batch_of(agent.cfg))
-        after = everything()
-        moved.append({name for name in before if not torch.equal(before[name], after[name])})
-    always = {"model", "critic", "target", "ema_policy"}
-    assert moved[0] == moved[1] == always | {"encoder", "prior", "acting encoder", "acting prior"}
-    assert moved[2] == moved[3] == always | {"actor", "acting actor"}
+    moved = {n for n, values in acting().items() if not torch.equal(values, before[n])}
+    assert moved == {"encoder", "prior"} & {*expected[0]} | {"actor"} & {*expected[-1]}
 
 
 def test_the_actor_learns_online_after_some_misses_alone():
-    """In no update of the offline phase (2), nor before there were two."""
-    agent = tiny_agent(offline_updates=2, warmup=2)
-    at, rows = [flat(agent.actor.parameters())], []
-    for agent.misses in (2, 2, 0, 1, 2, 3):
-        rows.append(agent.update(batch_of(agent.cfg)))
+    agent, rows = tiny_agent(warmup=2), []
+    at = [flat(agent.actor.parameters())]
+    for agent.episodes, agent.misses in ((0, 2), (0, 3), (1, 0), (2, 1), (3, 2), (4, 2)):
+        rows.append(agent.update(practice_batch(agent.cfg)))
         at.append(flat(agent.actor.parameters()))
     moved = [not torch.equal(before, after) for before, after in itertools.pairwise(at)]
     assert moved == ["actor/value" in row for row in rows] == [False] * 4 + [True] * 2
@@ -790,7 +790,7 @@ def test_misses_are_online_episodes_without_success_also_after_a_stop(dots, tmp_
         rows, misses, expected, found = metrics_of(tmp_path / name), 0, [], []
         for row in rows:
             misses += row.get("episode/success") == 0.0
-            if "critic/q" in row and row["updates"] > 6:
+            if "critic/q" in row and row["updates"] > 12:
                 expected.append(misses >= 2)
                 found.append("actor/value" in row)
         assert found == expected and {True, False} <= set(expected), misses
@@ -835,6 +835,8 @@ def test_a_variant_is_a_change_of_numbers():
         assert type(agent) is learners.get(name, moto.MOTO)
         before = snapshot(agent)
         agent.update(batch_of(agent.cfg))
+        if agent.stages == 2:
+            agent.update(practice_batch(agent.cfg))
         moved = {n for n, v in snapshot(agent).items() if not torch.equal(v, before[n])}
         assert moved == trained.get(name, acting | critics | {"prior", "model"}), name
 
@@ -863,10 +865,10 @@ def test_what_sets_a_variant_apart_changes_the_update_and_the_rest_is_one_method
     each moves everything differently that learns from rewards."""
     def after(variant="moto", **changes):
         numbers = {"alpha": 50.0} | moto.VARIANTS[variant] | changes
-        agent = tiny_agent(variant=variant, offline_updates=1, warmup=0, **numbers)
+        agent = online_agent(variant=variant, **numbers)
         torch.manual_seed(1)
-        for _ in range(3):                                    # two of them online
-            agent.update(batch_of(agent.cfg))
+        for make in (batch_of, practice_batch, practice_batch):
+            agent.update(make(agent.cfg))
         return snapshot(agent)
     defaults = {name: getattr(tiny(), name) for name in moto.VARIANTS["dreamerv2"]}
     whole = after()
@@ -880,7 +882,7 @@ def test_what_sets_a_variant_apart_changes_the_update_and_the_rest_is_one_method
 
 def test_replacing_a_function_of_the_module_changes_the_agent(monkeypatch):
     def actor_after(agent):
-        agent.update(batch_of(agent.cfg))
+        agent.update(practice_batch(agent.cfg))
         return snapshot(agent)["actor"]
     agent, twin, original = online_agent(), online_agent(), moto.actor_loss
     before = actor_after(agent)
@@ -889,12 +891,12 @@ def test_replacing_a_function_of_the_module_changes_the_agent(monkeypatch):
 
 
 def test_ema_policy_follows_the_trained_weights():
-    """Encoder and prior offline, the actor online; the first weights are taken whole."""
-    agent, image = tiny_agent(offline_updates=3, warmup=0), random_image()
+    """Encoder and prior first, then the actor; the first weights are taken whole."""
+    agent, image = online_agent(), random_image()
     followed = [("encoder", "prior")] * 3 + [("actor",)] * 2
     for count, names in enumerate(followed):
         old, rate = copy.deepcopy(agent.ema_policy), 10 / (10 + count)
-        agent.update(batch_of(agent.cfg))
+        agent.update((practice_batch if "actor" in names else batch_of)(agent.cfg))
         for name in names:
             modules = getattr(old, name), getattr(agent.ema_policy, name), agent.modules[name]
             for before, after, fast in zip(*(module.parameters() for module in modules)):
@@ -907,12 +909,13 @@ def test_ema_policy_follows_the_trained_weights():
 
 
 def after_updates(cfg, compiled=False, count=3):
-    """Metrics of some updates, the last two online, and by how much the model's weights moved: from
-    one set of weights, on one batch, with one stream of random numbers."""
+    """Metrics of some updates, and by how much the model's weights moved: from one set of weights,
+    on one batch, with one stream of random numbers."""
     agent = moto.MOTO(cfg, 2, True, "cpu", compiled)
+    agent.episodes = 1
     start = flat(agent.modules["model"].parameters())
     torch.manual_seed(5)
-    batch = batch_of(cfg, T=cfg.length)
+    batch = practice_batch(cfg, T=cfg.length)
     metrics = [agent.update(batch) for _ in range(count)]
     return metrics, flat(agent.modules["model"].parameters()) - start
 
@@ -925,7 +928,7 @@ def test_the_fast_forms_agree_with_the_plain_one(precision, compiled, tolerance)
     rounding, bfloat16 keeps 8 bits."""
     import torch._inductor
     sizes = dict(hidden=32, deter=32, horizon=1, hold=1, length=4,       # compiling unrolls steps
-                 offline_updates=1, warmup=0, critic_lr=3e-4)
+                 warmup=0, critic_lr=3e-4)
     plain, step = after_updates(tiny(precision="float32", **sizes))
     with torch._inductor.config.patch(fallback_random=True):  # the same random numbers as eager
         fast, fast_step = after_updates(tiny(precision=precision, **sizes), compiled)
@@ -938,9 +941,9 @@ def test_the_fast_forms_agree_with_the_plain_one(precision, compiled, tolerance)
 
 def test_training_is_deterministic():
     def train():
-        agent = tiny_agent(offline_updates=1, warmup=0)
-        for i in range(3):
-            agent.update(batch_of(agent.cfg, seed=i))
+        agent = online_agent()
+        for i, make in enumerate((batch_of, practice_batch, practice_batch)):
+            agent.update(make(agent.cfg, seed=i))
         return snapshot(agent)
     a, b = train(), train()
     assert all(torch.equal(a[n], b[n]) for n in a)
@@ -1091,7 +1094,7 @@ def test_replay_is_uniform_over_positions_and_mixes_as_told():
     assert images.dtype == torch.uint8 and len(images) == 90  # held once
 
 
-def test_a_replay_keeps_features_and_online_batches_have_decisions():
+def test_a_replay_keeps_features_and_then_batches_have_decisions():
     """Each episode is encoded by itself and once; decisions are short, many, and without images."""
     cfg, policy, rng = tiny(hold=2, batch=4), tiny_agent().ema_policy, np.random.default_rng(0)
     store = moto.Replay(60, 16, 2)
@@ -1121,7 +1124,7 @@ def test_a_replay_keeps_features_and_online_batches_have_decisions():
 
 
 @pytest.mark.parametrize("variant", ["moto", "iql"])
-def test_a_run_gives_moto_decisions_online_and_only_there(variant, dots, tmp_path, monkeypatch):
+def test_a_run_gives_moto_decisions_after_the_first_stage(variant, dots, tmp_path, monkeypatch):
     run, kinds = moto.Run(tiny(variant=variant, data=str(dots), logdir=str(tmp_path))), []
     update = run.agent.update
     monkeypatch.setattr(run.agent, "update", lambda batch: kinds.append("decisions" in batch)
@@ -1130,27 +1133,24 @@ def test_a_run_gives_moto_decisions_online_and_only_there(variant, dots, tmp_pat
     moto.pretrain(run)
     moto.finetune(run)
     run.close()
-    assert kinds == [False] * 6 + [variant == "moto"] * 8
+    assert kinds == ([False] * 6 + [True] * 14 if variant == "moto" else [False] * 14)
     if variant == "moto":
         assert run.replay.encoded == run.replay.size          # the newest episode, too
 
 
-def test_online_the_model_learns_from_sequences_and_critics_and_actor_from_decisions():
+def test_the_model_learns_from_sequences_and_critics_and_actor_from_decisions():
     """Of longer decisions the last k + 1 steps count; what comes before is filtered only."""
     def after(batch_reward=0.0, decision_reward=0.0, feature=0.0, early_reward=0.0):
         agent = online_agent(horizon=0)
         randomised(agent.actor)
         torch.manual_seed(3)
-        cfg = agent.cfg
-        batch, decisions = (batch_of(cfg, **size) for size in ({}, dict(B=20, T=6, seed=1)))
-        for part in (batch, decisions):
-            part["e"] = torch.rand(*part["r"].shape, 16, generator=torch.Generator().manual_seed(5))
+        batch = practice_batch(agent.cfg)
+        decisions = batch["decisions"]
         batch["e"] += feature
         batch["r"] += batch_reward
         decisions["r"][:, 4:] += decision_reward              # k = 2: arriving at the last two
         decisions["r"][:, :4] += early_reward
-        del decisions["image"]
-        metrics = agent.update(batch | {"decisions": decisions})
+        metrics = agent.update(batch)
         return snapshot(agent), metrics
     plain, metrics = after()
     equal = lambda other: {name for name in plain if torch.equal(plain[name], other[0][name])}
@@ -1181,9 +1181,12 @@ def test_a_terminal_task_learns_its_continuation(tmp_path):
     for e in episodes:
         store.add(e)
     agent = tiny_agent(task="gym:test/DotEnds-v0", model_lr=3e-3, actor_lr=1e-3, channels=8,
-                       hidden=32, deter=32, offline_updates=300)
+                       hidden=32, deter=32, batch=8, length=7)
     rng = np.random.default_rng(0)
-    losses = [agent.update(store.sample(rng, 8, 5))["model/continuation"] for _ in range(300)]
+    learn = lambda: [agent.update(moto.sample_batch(agent.cfg, rng, store)) for _ in range(300)]
+    learn()
+    store.encode(agent.ema_policy)
+    losses = [metrics["model/continuation"] for metrics in learn()]
     assert np.mean(losses[-30:]) < 0.3 * np.mean(losses[:30])
 
 
@@ -1212,7 +1215,7 @@ def test_acting_stacks_the_frames_as_training_does(variant):
     padded = torch.cat([image[:1], image[:1], image])[None]                    # as at a reset
     batch = {"image": padded, "is_first": torch.zeros(1, 7, dtype=torch.bool),
              "a": torch.zeros(1, 7, 2)}
-    e = agent.encode_frames(policy.encoder, batch, 0)[0][0]
+    e = agent.encode_frames(policy.encoder, batch)[0][0]
     torch.testing.assert_close(policy.encode(image), e)
     for t in range(5):
         a, state = policy.act(image[t].numpy(), state)
@@ -1222,16 +1225,17 @@ def test_acting_stacks_the_frames_as_training_does(variant):
 def test_features_are_those_of_the_steps_with_a_whole_stack(agent):
     """e and every other part of the batch are aligned; each stack is shifted by itself."""
     batch = agent.prepare_batch(batch_of(agent.cfg))
-    e, later = agent.encode_frames(agent.encoder, batch, 0)
+    e, later = agent.encode_frames(agent.encoder, batch)
     assert e.shape == (4, 4, 16)
     assert all(torch.equal(later[name], value[:, 2:]) for name, value in batch.items())
     for t in range(2, 6):
         stack = torch.cat([batch["image"][:, t - n] for n in (2, 1, 0)], -1)
         torch.testing.assert_close(e[:, t - 2], agent.encoder(moto.to_image(stack)))
     still = {**batch, "image": batch["image"][:1, :1].expand(4, 6, 16, 16, 3)}
-    assert len(agent.encode_frames(agent.encoder, still, 0)[0].flatten(0, 1).unique(dim=0)) == 1
-    shifted, _ = agent.encode_frames(agent.encoder, still, 3)
-    assert len(shifted.flatten(0, 1).unique(dim=0)) > 8
+    different = lambda: agent.encode_frames(agent.encoder, still)[0].flatten(0, 1).unique(dim=0)
+    assert len(different()) == 1
+    agent.cfg = dataclasses.replace(agent.cfg, shift=3)
+    assert len(different()) > 8
 
 
 def test_random_shifts_move_each_image_as_a_whole():
@@ -2447,7 +2451,7 @@ def test_a_script_without_a_main_guard_is_told_before_anything_is_trained(dots, 
 def test_a_compiler_that_cannot_compile_leaves_the_eager_form(tmp_path):
     code = """
 agent = moto.MOTO(t.tiny(), 2, True, "cpu", compiled=True)
-print(agent.update(t.batch_of(agent.cfg, T=5))["model/kl"])
+print(agent.update(t.practice_batch(agent.cfg, T=5))["model/kl"])
 """
     broken = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = child(code, env=os.environ | broken)
@@ -2472,7 +2476,7 @@ def test_frozen_leaves_what_was_frozen_before(agent):
     assert not any(p.requires_grad for p in mine.parameters())
     assert agent.model.gru.weight_ih.requires_grad
     before = mine.weight.clone()
-    agent.update(batch_of(agent.cfg))
+    agent.update(practice_batch(agent.cfg))
     assert torch.equal(before, mine.weight)
 
 
@@ -2646,13 +2650,12 @@ def test_bench_measures_and_its_parts_add_up(capsys):
     assert {"fraction_of_peak", "speedup_over_eager_fp32"} <= result.keys()
     assert 0 < result["fraction_of_peak"] < 1 and set(result["forms"]) == {"plain", "eager"}
     parts = result["parts"]
-    offline, online = parts.pop("offline update"), parts.pop("online update")
-    count = lambda *names: sum(parts[name]["gflop"] for name in names)    # counted, not timed
-    only_offline = "behaviour prior", "features", "offline critic"
-    only_online = "filter", "imagination", "critic", "actor"
-    assert set(parts) == {"data", "model", "optimisers", *only_offline, *only_online}
-    assert 0.98 < count("model", *only_offline) / offline["gflop"] < 1.02
-    assert 0.98 < count("model", *only_online) / online["gflop"] < 1.02
+    stages = [*map(parts.pop, ("update of the prior", "offline update", "online update"))]
+    both, practice = ("model", "filter", "imagination", "critic"), ("actor",)
+    assert set(parts) == {"data", "behaviour prior", *both, *practice, "optimisers"}
+    for stage, names in zip(stages, (("behaviour prior",), both, both + practice)):
+        count = sum(parts[name]["gflop"] for name in names)   # counted, not timed
+        assert 0.98 < count / stage["gflop"] < 1.02
     assert set(result["growth"]) == {"batch B", "sequence length T", "ensemble K", "horizon H",
                                      "width", "sampling"}
 

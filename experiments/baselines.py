@@ -82,7 +82,7 @@ class IQL(ModelFree):
 
     def update(self, batch):
         """One step of everything; as moto.MOTO.update."""
-        feat, batch = self.encode_frames(self.encoder, self.prepare_batch(batch), self.cfg.shift)
+        feat, batch = self.encode_frames(self.encoder, self.prepare_batch(batch))
         with self.autocast():
             loss, metrics = self.losses(feat, batch)
         metrics |= self.step(loss, *self.optimisers)
@@ -135,7 +135,7 @@ class CQL(ModelFree):
 
     def update(self, batch):
         """One step of everything; as moto.MOTO.update."""
-        feat, batch = self.encode_frames(self.encoder, self.prepare_batch(batch), self.cfg.shift)
+        feat, batch = self.encode_frames(self.encoder, self.prepare_batch(batch))
         with self.autocast():
             loss, metrics = self.losses(feat, batch)
         metrics |= self.step(loss, *self.optimisers)

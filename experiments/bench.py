@@ -94,13 +94,14 @@ def synthetic_replay(cfg, episodes):
     return store
 
 
-def learner(cfg, compiled=False, warm=3, online=True):
-    """An agent, and a call that updates it once on synthetic data, as online or as offline; some
-    updates warm it up."""
-    cfg = dataclasses.replace(cfg, warmup=0, offline_updates=0 if online else 10 ** 9)
+def learner(cfg, compiled=False, warm=3, stage=3):
+    """An agent, and a call that updates it once on synthetic data, as in one of the three stages:
+    the behaviour prior, the rest offline, online; some updates warm it up."""
+    cfg = dataclasses.replace(cfg, warmup=0)
     agent = moto.MOTO(cfg, 4, False, cfg.device, compiled)
     store, rng = synthetic_replay(cfg, 10), np.random.default_rng(0)
-    if online:
+    agent.episodes = int(stage == 3)
+    if stage > 1:
         store.encode(agent.ema_policy)
     update = lambda: agent.update(moto.sample_batch(cfg, rng, store))
     for _ in range(warm):
@@ -131,29 +132,18 @@ def bench_forms(cfg, repeat=15):
 
 
 def bench_parts(cfg, repeat=10):
-    """Milliseconds and operations of the parts of one update (forward and backward), eager.
-    Offline: behaviour prior, features, model, offline critic (with what it imagines); online:
-    model, filter, imagination, critic, actor."""
+    """Milliseconds and operations of an update in each of the three stages, and of its parts
+    (forward and backward), eager."""
     (agent, update), store = learner(cfg), synthetic_replay(cfg, 10)
     rng, policy, device = np.random.default_rng(0), agent.ema_policy, cfg.device
-    batch = agent.prepare_batch(store.sample(rng, cfg.batch, cfg.length))
+    images = agent.prepare_batch(moto.sample_batch(cfg, rng, store))
     store.encode(policy)
     sample = lambda: moto.sample_batch(cfg, rng, store)
-    later = agent.prepare_batch(sample())
-    decisions = later.pop("decisions")
-
-    @torch.no_grad()
-    def filtered(e, part):
-        return torch.cat(agent.model.observe(e, part["a"], part["is_first"])[:2], -1)
-
-    with torch.no_grad():
-        e, offline = agent.encode_frames(policy.encoder, batch, shift=0)
-    before = filtered(e, offline)
-    first, feat = -cfg.hold - 1, filtered(decisions["e"], decisions)[:, -cfg.hold - 1:]
-    valid = decisions["valid"][:, first + 1:]
-    one = {name: value[:, first:] for name, value in decisions.items()} | {"valid": valid}
-    start = [value[:, cfg.hold:].flatten(0, 1) for value in (feat, one["e"])]
-    later["x"] = moto.to_image(later["image"])
+    batch = agent.prepare_batch(sample())
+    decisions = batch.pop("decisions")
+    feat, last = agent.filter(decisions)
+    start = [value[:, cfg.hold:].flatten(0, 1) for value in (feat, last["e"])]
+    batch["x"] = moto.to_image(batch["image"])
 
     def both_ways(forward, autocast=contextlib.nullcontext):
         def call():
@@ -161,10 +151,6 @@ def bench_parts(cfg, repeat=10):
                 loss = forward()
             loss.backward()
         return call
-
-    @torch.no_grad()
-    def features():
-        agent.encode_frames(policy.encoder, batch, shift=0)
 
     def optimisers():
         for name, optimiser in agent.optimisers.items():
@@ -174,26 +160,23 @@ def bench_parts(cfg, repeat=10):
         policy.update_ema(actor=agent.actor)
 
     calls = {
-        "offline update": learner(cfg, online=False)[1], "online update": update, "data": sample,
+        "data": sample,
         "behaviour prior": both_ways(lambda: agent.losses(
-            *agent.encode_frames(agent.encoder, batch, cfg.shift))[0], agent.autocast),
-        "features": features,
-        "model": both_ways(lambda: agent.model_terms(later)[0], agent.autocast),
-        "offline critic": both_ways(
-            lambda: agent.critic_terms(before, e, offline)[0]),
-        "filter": lambda: filtered(decisions["e"], decisions),
+            *agent.encode_frames(agent.encoder, images))[0], agent.autocast),
+        "model": both_ways(lambda: agent.model_terms(batch)[0], agent.autocast),
+        "filter": lambda: agent.filter(decisions),
         "imagination": lambda: agent.expand(*start),
-        "critic": both_ways(lambda: agent.critic_terms(feat, one["e"], one)[0]),
-        "actor": both_ways(lambda: agent.actor_terms(one["e"][:, 0], cfg.beta)[0]),
-        "optimisers": optimisers}
+        "critic": both_ways(lambda: agent.critic_terms(feat, last["e"], last)[0]),
+        "actor": both_ways(lambda: agent.actor_terms(last["e"][:, 0], cfg.beta)[0]),
+        "optimisers": optimisers,
+        "update of the prior": learner(cfg, stage=1)[1],
+        "offline update": learner(cfg, stage=2)[1], "online update": update}
     medians(calls, 2, device)
     ms = {name: 1e3 * seconds for name, seconds in medians(calls, repeat, device).items()}
     gflop = {name: flops(call) / 1e9 for name, call in calls.items()}
     for values in ms, gflop:
         values["critic"] -= values["imagination"]
-    order = ("data", "behaviour prior", "features", "model", "offline critic", "filter",
-             "imagination", "critic", "actor", "optimisers", "offline update", "online update")
-    return {name: {"ms": ms[name], "gflop": gflop[name]} for name in order}
+    return {name: {"ms": ms[name], "gflop": gflop[name]} for name in calls}
 
 
 def bench_growth(cfg, repeat=4):

@@ -182,7 +182,7 @@ def draw_curve(cfg, rows, path):
             if y.size:
                 axis.plot(x, y / 4 if name == "evaluation/completed" else y, line, label=label)
         axis.set(ylabel=ylabel)
-        axis.axvline(cfg.offline_updates, color="black", lw=0.8, ls=":")
+        axis.axvline(moto.planned_offline(cfg), color="black", lw=0.8, ls=":")
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)

@@ -53,7 +53,9 @@ def read_run(folder):
     try:
         config = json.loads((Path(folder) / "config.json").read_text())["config"]
         rows = moto.read_metrics(Path(folder) / "metrics.jsonl")
-        start, each = config["offline_updates"], config["updates_per_episode"]
+        start = min((row["updates"] for row in rows if row.get("evaluation") == "offline"),
+                    default=math.inf)
+        each = config["updates_per_episode"]
         config["task"], config["variant"], config["seed"], config["online_episodes"]
         return config, {(row["updates"] - start) / each: row for row in rows
                         if "evaluation" in row and row["updates"] >= start}

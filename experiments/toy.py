@@ -126,19 +126,23 @@ def train(env, demonstrations, seed=0, **changes):
     learner = moto.make_agent(cfg, 2, False, "cpu")
     evaluate = lambda: [moto.rollout(cfg, env, learner.ema_policy, [seed, 2, index])
                         for index in range(30)]
-    for _ in range(cfg.offline_updates):
-        metrics.append(learner.update(moto.sample_batch(cfg, rng, replay)))
+
+    def learn(updates):
+        for _ in range(updates):
+            metrics.append(learner.update(moto.sample_batch(cfg, rng, replay)))
+    learn(cfg.offline_updates)
+    if learner.stages == 2:
+        replay.encode(learner.ema_policy)
+        learn(cfg.offline_updates)
     played.append(evaluate())
     for index in range(cfg.online_episodes):
         noisy = index % 2 == 0
         episode = moto.rollout(cfg, env, learner.ema_policy, [seed, 1, index], sample=noisy)
-        learner.misses += not episode.pop("success")
+        learner.episodes, learner.misses = index + 1, learner.misses + (not episode.pop("success"))
         episode = {name: np.array(value) for name, value in episode.items()}
         replay.add(episode | {"terminal": False}, part="online")
-        if isinstance(learner, moto.MOTO):
-            replay.encode(learner.ema_policy)
-        for _ in range(cfg.updates_per_episode):
-            metrics.append(learner.update(moto.sample_batch(cfg, rng, replay)))
+        replay.encode(learner.ema_policy)
+        learn(cfg.updates_per_episode)
     played.append(evaluate() if cfg.online_episodes else played[0])
     return learner, metrics, played
 

@@ -300,11 +300,11 @@ def timeline():
     _, axis = plt.subplots(figsize=(13, 1.9))
     right = dict(ha="right", va="center")
     for row, (name, start, end, colour) in enumerate((
-            ("encoder of $e$, behaviour prior", 0, 4, "#f4b183"),
-            ("world model, critics", 0, 13, "#9dc3e6"), ("actor", 8, 13, "#a9d18e"))):
+            ("encoder of $e$, behaviour prior", 0, 2, "#f4b183"),
+            ("world model, critics", 2, 13, "#9dc3e6"), ("actor", 8, 13, "#a9d18e"))):
         axis.text(-0.15, -row, name, **right)
         axis.barh(-row, end - start, left=start, height=0.55, color=colour)
-    axis.text(2, 0.6, "offline: $N$ updates on the demonstrations", ha="center")
+    axis.text(2, 0.6, "offline, on the demonstrations:\n$N$ updates, and $N$ more", ha="center")
     axis.text(8.5, 0.6, "online: an episode, then $U$ updates on old and new data; again",
               ha="center")
     for n in range(9):
