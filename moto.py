@@ -94,7 +94,7 @@ class Config:
     hold: int = opt(8, "k, steps for which a correction is held (DEPARTURE)", "[1, inf)")
     horizon: int = opt(1, "H, imagined decisions of k steps [LOMPO: 5 of one step]", "[0, inf)")
     gamma: float = opt(0.98, "discount", "[0, 1)")
-    lam: float = opt(0.5, "Eq 9: weight of what is imagined; 0: no imagination", "[0, 1]")
+    lam: float = opt(0.5, "Eq 9: weight of what is imagined", "[0, 1]")
     alpha: float = opt(0.5, "penalty, Eq 7: reward lost where u is twice its mean", "[0, inf)")
     critics: int = opt(5, "critics; the smaller one of two drawn is used [REDQ: 10]", "[1, inf)")
     imagined: float = opt(0.0, "share of imagined transitions in the critic's loss", "[0, 1]")
@@ -113,7 +113,7 @@ class Config:
     offline_updates: int = opt(800, "N, of the prior, then of the rest [paper: 1000]", "[0, inf)")
     online_episodes: int = opt(30, "online episodes [paper: up to 500]", "[0, inf)")
     updates_per_episode: int = opt(40, "U, updates after each of them [paper: 50]", "[1, inf)")
-    eval_every: int = opt(200, "updates between evaluations on the way", "[1, inf)")
+    eval_every: int = opt(200, "updates between evaluations, where what acts learns", "[1, inf)")
     final_episodes: int = opt(50, "episodes per offline and final score; else a fifth", "[1, inf)")
     log_every: int = opt(25, "updates per line of metrics.jsonl", "[1, inf)")
     save_every: int = opt(250, "updates between checkpoints", "[1, inf)")
@@ -780,14 +780,14 @@ class Agent:
         batch["valid"] = (~batch["is_first"][:, 1:]).float()
         return batch
 
-    def encode_frames(self, encoder, batch):
-        """An Encoder on a batch, each stack shifted by itself -> e (B, T', E), and the batch of
+    def encode_frames(self, batch):
+        """The encoder on a batch, each stack shifted by itself -> e (B, T', E), and the batch of
         (B, T', ...): the first steps have no whole stack."""
         x = stacked(batch["image"], batch["is_first"])
         batch = {name: value[:, FRAMES - 1:] for name, value in batch.items()}
         x = random_shift(x.flatten(0, 1), self.cfg.shift)
         with self.autocast():
-            e = encoder(to_image(x)).float()
+            e = self.encoder(to_image(x)).float()
         return e.unflatten(0, batch["a"].shape[:2]), batch
 
     def step(self, loss, *names):
@@ -844,7 +844,7 @@ class BC(Agent):
 
     def update(self, batch):
         """One step of encoder and prior on a sampled batch -> metrics."""
-        e, batch = self.encode_frames(self.encoder, self.prepare_batch(batch))
+        e, batch = self.encode_frames(self.prepare_batch(batch))
         with self.autocast():
             loss, metrics = self.losses(e, batch)
         metrics |= self.step(loss, "encoder", "prior")
@@ -870,6 +870,7 @@ class MOTO(BC):
         self.ema_policy = Policy(cfg, self.encoder, self.prior, self.actor)
         self.prepare(encoder=cfg.actor_lr, prior=cfg.actor_lr, model=cfg.model_lr,
                      actor=cfg.actor_lr, critic=cfg.critic_lr)
+        self.model_terms = lambda batch: model_loss(self.model, batch)       # what a compiler gets
         if compiled:
             torch._dynamo.config.suppress_errors = True  # eager where there is no working compiler
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
@@ -890,7 +891,7 @@ class MOTO(BC):
         mean.copy_(torch.where(mean == 0, u, torch.lerp(mean, u, 0.01)))
         # From here in float32: what a correction is worth is a small difference of large values.
         feat, decisions = self.filter(decisions)
-        loss, more = self.critic_terms(feat, decisions["e"], decisions)
+        loss, more = self.critic_terms(feat, decisions)
         metrics |= more | self.step(loss, "critic")
         update_target(self.target, self.critic, cfg.target_rate)
         if self.episodes and self.misses >= cfg.warmup:   # SHARP: critics without failures flatter
@@ -907,10 +908,6 @@ class MOTO(BC):
         last = {name: value[:, -self.cfg.hold - 1:] for name, value in decisions.items()}
         last["valid"] = decisions["valid"][:, -self.cfg.hold:]
         return torch.cat([h, z], -1)[:, -self.cfg.hold - 1:], last
-
-    def model_terms(self, batch):
-        """Eq 1 to 5: a batch of (B, T', ...) with x and e -> loss, metrics."""
-        return model_loss(self.model, batch)
 
     def actor_terms(self, e, weight):
         """Eq 14 at real features e (..., E) (DEPARTURE: no gradient through the model) -> loss,
@@ -944,9 +941,10 @@ class MOTO(BC):
                    "imagined/disagreement": weighted_mean(u / model.disagreement_mean, everywhere)}
         return value_expansion(*accumulate(*steps), q, cfg.lam), imagined, metrics
 
-    def critic_terms(self, feat, e, batch):
-        """Eq 10 and 11: feat (B, T', F), e (B, T', E), batch of (B, T', ...) -> loss, metrics."""
-        cfg, k, unit = self.cfg, self.cfg.hold, self.critic.unit
+    def critic_terms(self, feat, batch):
+        """Eq 10 and 11: feat (B', T, F) and what it is of, dict of (B', T, ...) -> loss, metrics.
+        T is k + 1 in an update: one decision in each row."""
+        cfg, k, unit, e = self.cfg, self.cfg.hold, self.critic.unit, batch["e"]
         b = self.ema_policy.prior_action(e[:, :-1])
         d, reward, discount, weight = real_decisions(
             batch["a"][:, 1:], b, batch["r"][:, 1:], batch["is_terminal"][:, 1:], batch["valid"], k,
@@ -1109,7 +1107,7 @@ class Replay:
 
 def sample_batch(cfg, rng, replay):
     """B sequences of T steps: all offline before there is online data, then `offline_fraction` of
-    them. If the replay has features: of T' steps, and DECISIONS B `decisions` of k + 1 (or 9)."""
+    them. Once the replay has features: of T' steps, and DECISIONS B `decisions` of k + 1 (or 9)."""
     def draw(count, length, without=()):
         offline = round(cfg.offline_fraction * count) if replay.choices("online", length) else count
         parts = [replay.sample(rng, number, length, part, without) for part, number in
@@ -1248,7 +1246,7 @@ class Run:
 
     def __init__(self, cfg, acting=False):
         self.cfg, self.dir, self.videos = cfg, Path(cfg.logdir), None
-        self.state = {"updates": 0, "episodes": 0, "misses": 0, "env_steps": 0, "seconds": {},
+        self.state = {"updates": 0, "episodes": 0, "failures": 0, "env_steps": 0, "seconds": {},
                       "scores": {}, "pending": [], "logged": 0}
         started = time.perf_counter()
         checkpoint = None if acting else self.read_checkpoint()
@@ -1386,7 +1384,7 @@ class Run:
     def update(self, bar, stage):
         """The update of both phases: sample, learn, count, log, save, and stop here if asked."""
         cfg, started, n = self.cfg, time.perf_counter(), self.state["updates"] + 1
-        self.agent.episodes, self.agent.misses = self.state["episodes"], self.state["misses"]
+        self.agent.episodes, self.agent.misses = self.state["episodes"], self.state["failures"]
         if n > cfg.offline_updates and self.agent.stages == 2:
             self.replay.encode(self.agent.ema_policy)
         with explained(f"learning failed at update {n}", "lower --model-lr, --actor-lr and "
@@ -1398,7 +1396,7 @@ class Run:
         pending.append(metrics)
         if n % cfg.log_every == 0:
             self.log({name: float(np.mean([m[name] for m in pending if name in m]))
-                      for name in metrics})
+                      for name in dict.fromkeys(name for m in pending for name in m)})
             pending.clear()
             shown = sorted({"model/image", "critic/q", "prior/behaviour_nll"} & metrics.keys())
             bar.set_postfix({name.split("/")[1]: f"{metrics[name]:.3g}" for name in shown})
@@ -1436,7 +1434,7 @@ def collect_online(run):
     save_episode(run.episode_path(index), **episode)
     run.replay.add(run.load(run.episode_path(index)), "online")
     state["episodes"] += 1
-    state["misses"] += not success
+    state["failures"] += not success
     state["env_steps"] += len(episode["action"])
     run.clock("acting", started)
     run.log({"episode": index, "episode/success": float(success),

@@ -506,8 +506,9 @@ def critic_batch(agent):
     batch = batch_of(agent.cfg)
     batch["is_first"][1, 4] = batch["is_first"][2, 3] = True
     batch["is_terminal"][1, 3] = 1
-    later = agent.encode_frames(agent.encoder, agent.prepare_batch(batch))[1]
-    return torch.randn(4, 4, 22), torch.rand(4, 4, 16) * 2 - 1, later
+    later = agent.encode_frames(agent.prepare_batch(batch))[1]
+    feat, later["e"] = torch.randn(4, 4, 22), torch.rand(4, 4, 16) * 2 - 1
+    return feat, later["e"], later
 
 
 def test_eq11_critic_terms_against_a_naive_loop():
@@ -535,7 +536,7 @@ def test_eq11_critic_terms_against_a_naive_loop():
             if not later["is_terminal"][b, t + 2]:
                 y = y + 0.81 * Q(agent.target, e[b, t + 2], effective(e[b, t + 2]))
         terms.append(((Q(agent.critic, e[b, t], d) - y.detach()) / 10) ** 2)
-    loss, metrics = agent.critic_terms(feat, e, later)
+    loss, metrics = agent.critic_terms(feat, later)
     assert len(terms) == 6
     torch.testing.assert_close(loss, torch.stack(terms).mean())
 
@@ -552,12 +553,12 @@ def test_eq11_imagined_is_the_share_of_imagined_transitions(share):
     q = agent.critic(imagined["e"], imagined["d"])[:, :-1]
     on_imagined = ((q - V[:-1]) * (1 - agent.cfg.gamma)).square().sum(0).mean()
     torch.manual_seed(1)
-    loss, metrics = agent.critic_terms(feat, e, later)
+    loss, metrics = agent.critic_terms(feat, later)
     assert ("critic/imagined" in metrics) == (share > 0)
     mixed = (1 - share) * metrics["critic/real"] + share * on_imagined
     torch.testing.assert_close(loss, mixed)
     torch.manual_seed(1)
-    other, _ = agent.critic_terms(feat, e, later | {"r": later["r"] + 1})
+    other, _ = agent.critic_terms(feat, later | {"r": later["r"] + 1})
     assert torch.equal(loss, other) == (share == 1)           # real rewards do not matter then
 
 
@@ -735,12 +736,11 @@ def snapshot(agent):
     return {name: flat(module.parameters()) for name, module in agent.modules.items()}
 
 
-@pytest.mark.parametrize("stage, expected", [
-    (1, [("encoder", "prior")]), (2, [("model",), ("critic",)]),
-    (3, [("model",), ("critic",), ("actor",)])])
-def test_each_loss_reaches_and_moves_its_own_parameters_and_no_others(stage, expected):
-    """In each step of an optimiser; a gradient elsewhere would be one that should have stopped.
-    What acts follows what was stepped."""
+@pytest.mark.parametrize("stage, expected, following", [
+    (1, [("encoder", "prior")], ["ema_policy"]), (2, [("model",), ("critic",)], ["target"]),
+    (3, [("model",), ("critic",), ("actor",)], ["target", "ema_policy"])])
+def test_each_loss_reaches_and_moves_its_own_parameters_and_no_others(stage, expected, following):
+    """In each step of an optimiser; a gradient elsewhere would be one that should have stopped."""
     agent = online_agent(imagined=0.5)
     agent.episodes = int(stage == 3)
     randomised(agent.actor)
@@ -760,13 +760,11 @@ def test_each_loss_reaches_and_moves_its_own_parameters_and_no_others(stage, exp
         assert all(norms[f"grad/{name}"] > 0 for name in names)
         seen.append(names)
         return norms
-    agent.step, parts = watched, ("encoder", "prior", "actor")
-    acting = lambda: {n: flat(getattr(agent.ema_policy, n).parameters()) for n in parts}
-    before = acting()
+    agent.step, before = watched, snapshot(agent)
     agent.update((batch_of if stage == 1 else practice_batch)(agent.cfg))
     assert seen == expected
-    moved = {n for n, values in acting().items() if not torch.equal(values, before[n])}
-    assert moved == {"encoder", "prior"} & {*expected[0]} | {"actor"} & {*expected[-1]}
+    moved = {n for n, values in snapshot(agent).items() if not torch.equal(values, before[n])}
+    assert moved == {*itertools.chain(*expected), *following}
 
 
 def test_the_actor_learns_online_after_some_misses_alone():
@@ -817,7 +815,7 @@ def test_without_a_behaviour_term_the_prior_is_never_read():
         randomised(agent.ema_policy.prior, prior_scale)
         a, _ = agent.ema_policy.act(random_image())
         torch.manual_seed(0)
-        return a.tolist(), agent.critic_terms(feat, e, later)[0]
+        return a.tolist(), agent.critic_terms(feat, later)[0]
     assert results(0.0, 0.0) == results(1.0, 0.0)
     assert results(0.0, 0.1) != results(1.0, 0.1)
 
@@ -909,14 +907,14 @@ def test_ema_policy_follows_the_trained_weights():
 
 
 def after_updates(cfg, compiled=False, count=3):
-    """Metrics of some updates, and by how much the model's weights moved: from one set of weights,
-    on one batch, with one stream of random numbers."""
+    """Metrics of some updates, the first of the prior, and by how much the model's weights moved:
+    from one set of weights, on the same batches, with one stream of random numbers."""
     agent = moto.MOTO(cfg, 2, True, "cpu", compiled)
     agent.episodes = 1
     start = flat(agent.modules["model"].parameters())
     torch.manual_seed(5)
     batch = practice_batch(cfg, T=cfg.length)
-    metrics = [agent.update(batch) for _ in range(count)]
+    metrics = [agent.update(batch_of(cfg))] + [agent.update(batch) for _ in range(count)]
     return metrics, flat(agent.modules["model"].parameters()) - start
 
 
@@ -1024,8 +1022,7 @@ def test_a_published_agent_opens_with_the_settings_it_was_made_with(name, monkey
     opened = dataclasses.asdict(moto.open_run(folder))
     assert moto.differences(config, opened, {"logdir", "device", "workers"}) == {}
     agent = torch.load(folder / "agent.pt", map_location="cpu", weights_only=True)
-    online = opened["online_episodes"] * opened["updates_per_episode"]
-    assert agent["updates"] == opened["offline_updates"] + online
+    assert agent["updates"] == read_json(folder / "result.json")["updates"]
     size = agent["modules"]["model"]["mix.0.weight"].shape[1] - opened["stoch"]
     learner = moto.make_agent(moto.build_config(**config | {"device": "cpu"}), size, False, "cpu")
     learner.load_acting(agent["modules"])                 # raises where the weights do not fit
@@ -1125,15 +1122,22 @@ def test_a_replay_keeps_features_and_then_batches_have_decisions():
 
 @pytest.mark.parametrize("variant", ["moto", "iql"])
 def test_a_run_gives_moto_decisions_after_the_first_stage(variant, dots, tmp_path, monkeypatch):
-    run, kinds = moto.Run(tiny(variant=variant, data=str(dots), logdir=str(tmp_path))), []
+    """And tells it how many online episodes there were."""
+    run = moto.Run(tiny(variant=variant, data=str(dots), logdir=str(tmp_path)))
+    kinds, counts = [], []
     update = run.agent.update
-    monkeypatch.setattr(run.agent, "update", lambda batch: kinds.append("decisions" in batch)
-                        or update(batch))
+
+    def watched(batch):
+        kinds.append("decisions" in batch)
+        counts.append(run.agent.episodes)
+        return update(batch)
+    monkeypatch.setattr(run.agent, "update", watched)
     run.open_data()
     moto.pretrain(run)
     moto.finetune(run)
     run.close()
     assert kinds == ([False] * 6 + [True] * 14 if variant == "moto" else [False] * 14)
+    assert counts == [0] * (len(kinds) - 8) + [1] * 4 + [2] * 4
     if variant == "moto":
         assert run.replay.encoded == run.replay.size          # the newest episode, too
 
@@ -1215,7 +1219,7 @@ def test_acting_stacks_the_frames_as_training_does(variant):
     padded = torch.cat([image[:1], image[:1], image])[None]                    # as at a reset
     batch = {"image": padded, "is_first": torch.zeros(1, 7, dtype=torch.bool),
              "a": torch.zeros(1, 7, 2)}
-    e = agent.encode_frames(policy.encoder, batch)[0][0]
+    e = agent.encode_frames(batch)[0][0]
     torch.testing.assert_close(policy.encode(image), e)
     for t in range(5):
         a, state = policy.act(image[t].numpy(), state)
@@ -1225,14 +1229,14 @@ def test_acting_stacks_the_frames_as_training_does(variant):
 def test_features_are_those_of_the_steps_with_a_whole_stack(agent):
     """e and every other part of the batch are aligned; each stack is shifted by itself."""
     batch = agent.prepare_batch(batch_of(agent.cfg))
-    e, later = agent.encode_frames(agent.encoder, batch)
+    e, later = agent.encode_frames(batch)
     assert e.shape == (4, 4, 16)
     assert all(torch.equal(later[name], value[:, 2:]) for name, value in batch.items())
     for t in range(2, 6):
         stack = torch.cat([batch["image"][:, t - n] for n in (2, 1, 0)], -1)
         torch.testing.assert_close(e[:, t - 2], agent.encoder(moto.to_image(stack)))
     still = {**batch, "image": batch["image"][:1, :1].expand(4, 6, 16, 16, 3)}
-    different = lambda: agent.encode_frames(agent.encoder, still)[0].flatten(0, 1).unique(dim=0)
+    different = lambda: agent.encode_frames(still)[0].flatten(0, 1).unique(dim=0)
     assert len(different()) == 1
     agent.cfg = dataclasses.replace(agent.cfg, shift=3)
     assert len(different()) > 8
@@ -1521,11 +1525,11 @@ def test_the_newest_ema_policy_collects_also_after_a_stop(dots, tmp_path, monkey
         return true_rollout(cfg, env, policy, seed, sample)
 
     def stopping(self, bar, stage):
-        if self.state["updates"] == 12:
+        if self.state["updates"] == 18:
             moto.stop_requested["signal"] = signal.SIGTERM
         true_update(self, bar, stage)
-    expected = [(0, 6.0), (1, 10.0), (2, 14.0), (3, 18.0)]    # 6 offline updates, 4 per episode
-    changes = dict(online_episodes=4)
+    expected = [(0, 6.0), (1, 10.0), (2, 14.0), (3, 18.0)]    # 6 of the prior, 4 per episode
+    changes = dict(online_episodes=4, warmup=0)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     monkeypatch.setattr(moto, "rollout", watched)
     assert run(dots, whole, **changes) == 0
@@ -1539,8 +1543,8 @@ def test_the_newest_ema_policy_collects_also_after_a_stop(dots, tmp_path, monkey
     assert same_weights(whole, parts)
 
 
-# Offline, at the boundary, inside an episode's updates, between two episodes
-@pytest.mark.parametrize("stop_at", [3, 6, 8, 10])
+# In either stage offline, at their ends, inside an episode's updates, between two episodes
+@pytest.mark.parametrize("stop_at", [3, 6, 9, 12, 14, 16])
 def test_stop_and_resume_equals_never_stopping_bit_for_bit(
         finished, dots, tmp_path, monkeypatch, capsys, stop_at):
     number = signal.SIGTERM if stop_at % 2 else signal.SIGINT
@@ -1553,13 +1557,32 @@ def test_stop_and_resume_equals_never_stopping_bit_for_bit(
     assert run(dots, tmp_path, save_every=100) == 0
     assert same_weights(finished, tmp_path)
     updates = [row["updates"] for row in metrics_of(tmp_path) if "model/image" in row]
-    assert updates == list(range(1, 15))
+    assert updates == list(range(7, 21))
 
 
 def test_a_run_of_no_updates_scores_and_draws_the_untrained_agent(dots, tmp_path):
     assert run(dots, tmp_path, offline_updates=0, online_episodes=0) == 0
     assert (tmp_path / "prediction.png").exists()
     assert read_json(tmp_path / "result.json")["updates"] == 0
+    assert run(dots, tmp_path, offline_updates=0, online_episodes=1) == 0     # practice alone
+    assert read_json(tmp_path / "result.json")["updates"] == 4
+
+
+def test_a_run_is_scored_on_the_way_where_what_acts_learns(dots, tmp_path):
+    """Not while model and critics learn offline, updates 7 to 12."""
+    assert run(dots, tmp_path, eval_every=2) == 0
+    names = [row["evaluation"] for row in metrics_of(tmp_path) if "evaluation" in row]
+    on_the_way = [f"update {n}" for n in (2, 4, 14, 16, 18)]
+    assert names == [*on_the_way[:2], "offline", *on_the_way[2:], "final"]
+
+
+def test_the_recorded_runs_have_a_score_before_practice_and_one_at_the_end():
+    folders = sorted((HERE / "experiments/runs").glob("*-seed*"))
+    assert folders
+    for folder in folders:
+        config, rows = reproduce.read_run(folder)
+        assert rows[0]["evaluation"] in ("offline", "final")
+        assert max(rows) == config["online_episodes"], folder
 
 
 def test_what_a_run_leaves(finished):
@@ -1569,7 +1592,7 @@ def test_what_a_run_leaves(finished):
     result = read_json(finished / "result.json")
     assert {"task", "variant", "seed", "preset", "offline_success", "final_success",
             "eval_episodes", "updates", "env_steps", "wall_seconds", "device"} <= result.keys()
-    assert result["updates"] == 14 and result["env_steps"] == 24
+    assert result["updates"] == 20 and result["env_steps"] == 24
     assert result["wall_seconds"]["total"] > 0
     assert (finished / "moto.py").read_bytes() == (HERE / "moto.py").read_bytes()
     config = read_json(finished / "config.json")
@@ -1584,12 +1607,12 @@ def test_a_longer_budget_continues_a_finished_run_and_scores_it_again(
     folder = shutil.copytree(finished, tmp_path / "run")
     assert run(dots, folder, online_episodes=3, final_episodes=3) == 0
     result = read_json(folder / "result.json")
-    assert result["updates"] == 18 and result["eval_episodes"] == 3
+    assert result["updates"] == 24 and result["eval_episodes"] == 3
     scored = [r["updates"] for r in metrics_of(folder) if r.get("evaluation") == "final"]
-    assert scored == [14, 18]
+    assert scored == [20, 24]
     before = (folder / "config.json").read_bytes()
     assert run(dots, folder, online_episodes=1, final_episodes=3) == 2
-    assert "18 updates, more than" in capsys.readouterr().err
+    assert "24 updates, more than" in capsys.readouterr().err
     assert (folder / "config.json").read_bytes() == before
 
 
@@ -1676,7 +1699,7 @@ def evaluation(capsys, folder, episodes):
 
 def test_the_command_that_evaluates_and_the_one_that_shows_runs(finished, capsys):
     score = evaluation(capsys, finished, 3)
-    assert score["episodes"] == 3 and 0 <= score["success"] <= 1 and score["updates"] == 14
+    assert score["episodes"] == 3 and 0 <= score["success"] <= 1 and score["updates"] == 20
     assert reproduce.main([str(finished), str(finished)]) == 0      # it counts once
     for name in ("curves.png", "gap.png"):
         assert (finished.parent / name).stat().st_size > 5000
@@ -1750,7 +1773,8 @@ def test_what_acts_is_enough_to_evaluate_and_not_enough_to_continue(
         torch.testing.assert_close(published, module.state_dict(), rtol=1e-3, atol=1e-3)
     values = [a.value_estimate(random_image()) for a in (part.agent, whole)]
     assert values[0] == pytest.approx(values[1], rel=0.01, abs=0.003)
-    assert part.state["updates"] == 14 == part.agent.ema_policy.updates
+    assert part.state["updates"] == 20
+    assert part.agent.ema_policy.updates == whole.ema_policy.updates > 6
 
 
 def test_evaluating_a_run_that_is_still_training_leaves_its_metrics_alone(
@@ -1838,7 +1862,7 @@ def test_a_killed_sweep_leaves_nothing_running_and_resumes(dots, tmp_path, capsy
     """Two runs, one at a time. The sweep dies in the second, whose process saves and stops;
     repeated, only that one is continued."""
     import select
-    argv = [*sweep_flags(dots, tmp_path, offline_updates=400, save_every=20, log_every=20),
+    argv = [*sweep_flags(dots, tmp_path, offline_updates=200, save_every=20, log_every=20),
             "--tasks", DOT, "--seeds", "0", "1"]
     process = subprocess.Popen(
         [sys.executable, HERE / "experiments/reproduce.py", *argv], stdout=subprocess.PIPE,
@@ -2065,17 +2089,27 @@ def test_a_run_of_another_config_is_named_field_by_field(capsys, finished, dots)
     one_sentence(capsys, argv, "horizon", "gamma", "3", "0.98")
 
 
+def test_a_checkpoint_of_the_one_stage_program_is_not_continued(capsys, finished, dots, tmp_path):
+    """Its config has the same fields; its state counted otherwise."""
+    folder = shutil.copytree(finished, tmp_path / "old")
+    checkpoint = checkpoint_of(folder)
+    checkpoint["state"]["misses"] = checkpoint["state"].pop("failures")
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    one_sentence(capsys, tiny_flags(data=dots, logdir=folder), "does not fit this program",
+                 "choose another --logdir")
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(capsys, dots, tmp_path):
     assert run(dots, tmp_path, online_episodes=0, offline_updates=6) == 0
     path = tmp_path / "checkpoint.pt"
     assert path.stat().st_size > 0
     checkpoint = checkpoint_of(tmp_path)
     checkpoint["agent"]["modules"]["model"]["reward.0.weight"][:] = math.nan
-    checkpoint["state"]["updates"] = 3
+    checkpoint["state"]["updates"] = 9
     torch.save(checkpoint, path)
     poisoned = path.read_bytes()
     argv = tiny_flags(data=dots, logdir=tmp_path, online_episodes=0)
-    one_sentence(capsys, argv, "model loss", "nan", "--model-lr", "at update 4")
+    one_sentence(capsys, argv, "model loss", "nan", "--model-lr", "at update 10")
     assert path.read_bytes() == poisoned
 
 
@@ -2273,7 +2307,7 @@ def test_a_fault_in_the_middle_of_a_run_is_named_and_what_was_learned_is_saved(
     name = Odd.registered(**changes)
     argv = tiny_flags(task=name, data=dots, logdir=tmp_path, save_every=100)
     one_sentence(capsys, argv, name.removeprefix("gym:"), *words)
-    assert checkpoint_of(tmp_path)["state"]["updates"] == 6
+    assert checkpoint_of(tmp_path)["state"]["updates"] == 12
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2387,11 +2421,11 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again_and_one_that_l
 
 
 @pytest.mark.parametrize("method, dies", [
-    ("update", lambda state: state["updates"] == 11),
+    ("update", lambda state: state["updates"] == 17),
     ("save", lambda state: "final" in state["scores"])])
 def test_what_was_logged_after_the_last_checkpoint_is_there_once(
         finished, dots, tmp_path, monkeypatch, method, dies):
-    """The last checkpoint is that of update 6, older than an episode, some updates or a score."""
+    """The last checkpoint is that of update 12, older than an episode, some updates or a score."""
     true_method = getattr(moto.Run, method)
 
     def dying(self, *args):
@@ -2402,7 +2436,7 @@ def test_what_was_logged_after_the_last_checkpoint_is_there_once(
         patch.setattr(moto.Run, method, dying)
         with pytest.raises(RuntimeError):
             run(dots, tmp_path, save_every=100)
-    assert checkpoint_of(tmp_path)["state"]["updates"] == 6 < metrics_of(tmp_path)[-1]["updates"]
+    assert checkpoint_of(tmp_path)["state"]["updates"] == 12 < metrics_of(tmp_path)[-1]["updates"]
     lengths, true_log = [], moto.Run.log
 
     def measured(self, row):
@@ -2513,15 +2547,16 @@ def test_rollout_workers_get_what_acts_alone_and_do_not_probe_opengl_again(drawe
 def test_a_stop_between_two_lines_of_metrics_loses_none_of_their_means(
         dots, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    changes = dict(log_every=3, online_episodes=0)
+    changes = dict(log_every=4, online_episodes=0)
     assert run(dots, whole, **changes) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(moto.MOTO, "update", stopping_at(4, signal.SIGTERM, moto.MOTO.update))
+        patch.setattr(moto.MOTO, "update", stopping_at(7, signal.SIGTERM, moto.MOTO.update))
         assert run(dots, parts, **changes) == 143
     assert run(dots, parts, **changes) == 0
     rows = metrics_of(whole, "seconds")
     assert rows == metrics_of(parts, "seconds")
-    assert len(rows) == 3                                     # two of updates, and the score
+    assert len(rows) == 4                                     # three of updates, and the score
+    assert {"prior/behaviour_nll", "model/kl"} <= rows[1].keys()        # updates 5 to 8
 
 
 def test_a_run_keeps_the_precision_it_began_with(tmp_path, monkeypatch):
@@ -2740,11 +2775,11 @@ def test_command_line_end_to_end_on_a_real_task(tmp_path):
     logdir, program = tmp_path / "run", HERE / "moto.py"
     out = command("--task", "drawer-open", "--preset", "debug", "--logdir", logdir,
                   "--cache", tmp_path / "demos")
-    assert "offline" in out and read_json(logdir / "result.json")["updates"] == 30
+    assert "offline" in out and read_json(logdir / "result.json")["updates"] == 50
     assert json.loads(command("--evaluate", logdir, "--episodes", "1"))["episodes"] == 1
     (logdir / "evaluate.gif").unlink()
     program = logdir / "moto.py"                 # the folder has all that its own source needs
-    assert json.loads(command("--evaluate", logdir, "--episodes", "1"))["updates"] == 30
+    assert json.loads(command("--evaluate", logdir, "--episodes", "1"))["updates"] == 50
     assert (logdir / "evaluate.gif").exists()
 
 
@@ -3033,7 +3068,7 @@ def test_the_toy_starts_on_the_right_and_its_scores_are_those_of_its_episodes():
     assert toy.infinite_return([1] + [0] * (steps - 1)) == pytest.approx(0.1)
     learner, metrics, played = toy.train(env, demos, offline_updates=1, online_episodes=2,
                                          updates_per_episode=2, warmup=0, episode_steps=3)
-    assert len(metrics) == 5 and "actor/value" in metrics[-1] and len(played) == 2
+    assert len(metrics) == 6 and "actor/value" in metrics[-1] and len(played) == 2
     row = toy.measure(learner, played)
     real = [toy.infinite_return(episode["reward"]) for episode in played[1]]
     assert row["online"] == pytest.approx(np.mean(real), abs=1e-4)

@@ -81,8 +81,8 @@ class IQL(ModelFree):
                      value=cfg.critic_lr)
 
     def update(self, batch):
-        """One step of everything; as moto.MOTO.update."""
-        feat, batch = self.encode_frames(self.encoder, self.prepare_batch(batch))
+        """One step of everything on a sampled batch -> metrics."""
+        feat, batch = self.encode_frames(self.prepare_batch(batch))
         with self.autocast():
             loss, metrics = self.losses(feat, batch)
         metrics |= self.step(loss, *self.optimisers)
@@ -134,8 +134,8 @@ class CQL(ModelFree):
                      log_tau=cfg.actor_lr)
 
     def update(self, batch):
-        """One step of everything; as moto.MOTO.update."""
-        feat, batch = self.encode_frames(self.encoder, self.prepare_batch(batch))
+        """One step of everything on a sampled batch -> metrics."""
+        feat, batch = self.encode_frames(self.prepare_batch(batch))
         with self.autocast():
             loss, metrics = self.losses(feat, batch)
         metrics |= self.step(loss, *self.optimisers)

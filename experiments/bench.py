@@ -162,11 +162,11 @@ def bench_parts(cfg, repeat=10):
     calls = {
         "data": sample,
         "behaviour prior": both_ways(lambda: agent.losses(
-            *agent.encode_frames(agent.encoder, images))[0], agent.autocast),
+            *agent.encode_frames(images))[0], agent.autocast),
         "model": both_ways(lambda: agent.model_terms(batch)[0], agent.autocast),
         "filter": lambda: agent.filter(decisions),
         "imagination": lambda: agent.expand(*start),
-        "critic": both_ways(lambda: agent.critic_terms(feat, last["e"], last)[0]),
+        "critic": both_ways(lambda: agent.critic_terms(feat, last)[0]),
         "actor": both_ways(lambda: agent.actor_terms(last["e"][:, 0], cfg.beta)[0]),
         "optimisers": optimisers,
         "update of the prior": learner(cfg, stage=1)[1],

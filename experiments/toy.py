@@ -141,7 +141,8 @@ def train(env, demonstrations, seed=0, **changes):
         learner.episodes, learner.misses = index + 1, learner.misses + (not episode.pop("success"))
         episode = {name: np.array(value) for name, value in episode.items()}
         replay.add(episode | {"terminal": False}, part="online")
-        replay.encode(learner.ema_policy)
+        if learner.stages == 2:
+            replay.encode(learner.ema_policy)
         learn(cfg.updates_per_episode)
     played.append(evaluate() if cfg.online_episodes else played[0])
     return learner, metrics, played
