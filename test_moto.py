@@ -1219,7 +1219,7 @@ def test_acting_stacks_the_frames_as_training_does(variant):
     padded = torch.cat([image[:1], image[:1], image])[None]                    # as at a reset
     batch = {"image": padded, "is_first": torch.zeros(1, 7, dtype=torch.bool),
              "a": torch.zeros(1, 7, 2)}
-    e = agent.encode_frames(batch)[0][0]
+    e = agent.encode_frames(batch)[0][0].detach()
     torch.testing.assert_close(policy.encode(image), e)
     for t in range(5):
         a, state = policy.act(image[t].numpy(), state)
