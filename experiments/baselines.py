@@ -47,7 +47,17 @@ def expectile_loss(error, expectile, weight):
 
 
 class ModelFree(moto.Agent):
-    """What the agents below share: how they judge an episode's start."""
+    """What the agents below share: one step of all losses, and how they judge a start."""
+
+    def update(self, batch):
+        """One step of everything on a sampled batch -> metrics."""
+        feat, batch = self.encode_frames(self.prepare_batch(batch))
+        with self.autocast():
+            loss, metrics = self.losses(feat, batch)
+        metrics |= self.step(loss, *self.optimisers)
+        self.ema_policy.update_ema(encoder=self.encoder, prior=self.actor)
+        moto.update_target(self.target, self.critic, self.cfg.target_rate)
+        return moto.as_numbers(metrics)
 
     @torch.no_grad()
     def value_estimate(self, image):
@@ -79,16 +89,6 @@ class IQL(ModelFree):
         self.value = moto.mlp(cfg.hidden, cfg.hidden, 1)
         self.prepare(encoder=cfg.actor_lr, actor=cfg.actor_lr, critic=cfg.critic_lr,
                      value=cfg.critic_lr)
-
-    def update(self, batch):
-        """One step of everything on a sampled batch -> metrics."""
-        feat, batch = self.encode_frames(self.prepare_batch(batch))
-        with self.autocast():
-            loss, metrics = self.losses(feat, batch)
-        metrics |= self.step(loss, *self.optimisers)
-        self.ema_policy.update_ema(encoder=self.encoder, prior=self.actor)
-        moto.update_target(self.target, self.critic, self.cfg.target_rate)
-        return moto.as_numbers(metrics)
 
     def losses(self, feat, batch):
         """feat (B, T', E) of the stacked images, batch of (B, T', ...) -> loss, metrics."""
@@ -132,16 +132,6 @@ class CQL(ModelFree):
         self.log_tau = nn.ParameterList([nn.Parameter(torch.tensor(math.log(0.1)))])
         self.prepare(encoder=cfg.actor_lr, actor=cfg.actor_lr, critic=cfg.critic_lr,
                      log_tau=cfg.actor_lr)
-
-    def update(self, batch):
-        """One step of everything on a sampled batch -> metrics."""
-        feat, batch = self.encode_frames(self.prepare_batch(batch))
-        with self.autocast():
-            loss, metrics = self.losses(feat, batch)
-        metrics |= self.step(loss, *self.optimisers)
-        self.ema_policy.update_ema(encoder=self.encoder, prior=self.actor)
-        moto.update_target(self.target, self.critic, self.cfg.target_rate)
-        return moto.as_numbers(metrics)
 
     def losses(self, feat, batch):
         """feat (B, T', E) of the stacked images, batch of (B, T', ...) -> loss, metrics."""
