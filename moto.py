@@ -4,7 +4,7 @@ pixels. experiments/ has tasks, rollout workers, pictures, baselines, and what r
     python moto.py --task drawer-open                      # demonstrate, pre-train, fine-tune, draw
     python moto.py --task hammer --variant no-unc          # an ablation; repeated, it resumes
     python moto.py --evaluate experiments/agents/drawer-open    # score an agent on fresh episodes
-    python moto.py --help                                  # every number, its symbol, its source
+    python moto.py --help                                  # every setting, its symbol, its source
 
 The paper: Rafailov, Hatch, Kolev, Martin, Phielipp, Finn, "MOTO: Offline Pre-training to Online
 Fine-tuning for Model-based Robot Learning", CoRL 2023, arXiv 2401.03306.
@@ -13,7 +13,8 @@ The algorithm:
     1. collect a few demonstrations (images, actions, sparse rewards)
     2. repeat N times: the behaviour prior b(a|e) imitates the demonstrations; e, the feature of
        three images, learns with it (Eq 13, 15). Then both stay as they are
-    3. repeat N times on the demonstrations (offline), then U times after each episode (online):
+    3. repeat N times on the demonstrations (offline, where the agent stays the clone), then U
+       times after each episode (online):
     4.     sample B sequences of T' steps for 5, and 20 B decisions of k + 1 steps for 6 to 8
     5.     world model: filter the features into latents (Eq 1); learn to predict the next latent
            with K heads (Eq 2), the image, the reward and e (Eq 3): the evidence lower bound
@@ -23,17 +24,19 @@ The algorithm:
            lowered (Eq 7)
     7.     expand the value along the imagined steps (Eq 9); critics: regress the value of the
            corrections really made on it (Eq 10, 11, 12)
-    8.     online, after some misses: actor: raise the critics' value of its correction, and keep
-           the correction small, the less so the more episodes there are (Eq 14)
-Theorem B.1 says why lowering the reward is safe (Eq 16, on a table).
+    8.     online, after some failures: actor: raise the critics' value of its correction, and
+           keep the correction small, the less so the more episodes there are (Eq 14)
+Theorem B.1 says why lowering the reward is safe (Eq 16, on a table). The equations are numbered
+here, not as in the paper, of which abstract, project page and captions were read ("[paper]").
 
 Axes:    B batch, T time, T' = T - 2 (steps that have three images), H horizon, K ensemble,
-         A action, E feature, D deterministic, S stochastic, F = D + S (state), N = B * T,
-         P pixels a side, L steps of an episode.
+         A action, E feature, D deterministic, S stochastic, F = D + S (state), N any number of
+         rows (not the N above), P pixels a side, L steps of an episode.
 Letters: x image, a action, r reward, z stochastic latent, h deterministic latent, s = (h, z),
          e feature of three images, b the behaviour prior (its mean action), d correction in units
-         of its bound c, k steps for which it is held, u disagreement, gamma discount, lam the
-         mixing weight of Eq 9, alpha the penalty, beta the behaviour weight.
+         of its bound c (a demonstrator's may be larger), k steps for which it is held, u
+         disagreement, gamma discount, lam the mixing weight of Eq 9, alpha the penalty, beta the
+         behaviour weight.
 Time:    a[t] and r[t] are the action that led INTO x[t] and the reward received on arriving there;
          a[0] = 0, r[0] = 0. So the action that leaves s[t] is a[t+1].
 Sharp edges are marked "SHARP"; departures from the paper "DEPARTURE" (README lists them all).
@@ -113,7 +116,7 @@ class Config:
     offline_updates: int = opt(800, "N, of the prior, then of the rest [paper: 1000]", "[0, inf)")
     online_episodes: int = opt(30, "online episodes [paper: up to 500]", "[0, inf)")
     updates_per_episode: int = opt(40, "U, updates after each of them [paper: 50]", "[1, inf)")
-    eval_every: int = opt(200, "updates between evaluations, where what acts learns", "[1, inf)")
+    eval_every: int = opt(200, "updates between evaluations, if what acts has changed", "[1, inf)")
     final_episodes: int = opt(50, "episodes per offline and final score; else a fifth", "[1, inf)")
     log_every: int = opt(25, "updates per line of metrics.jsonl", "[1, inf)")
     save_every: int = opt(250, "updates between checkpoints", "[1, inf)")
@@ -238,7 +241,7 @@ class EnsembleMLP(nn.Module):
         y = self.first(inp).unflatten(-1, (self.heads, self.hidden)).transpose(0, 1)
         for weight, bias in zip(self.weights, self.biases):             # y (K, N, hidden)
             y = F.layer_norm(y, y.shape[-1:]) if self.norm else y
-            y = torch.baddbmm(bias.to(y.dtype), F.silu(y), weight.to(y.dtype))
+            y = torch.baddbmm(bias, F.silu(y), weight)
         return y
 
 
@@ -338,8 +341,7 @@ class WorldModel(nn.Module):
     def __init__(self, cfg, action_size, terminates):
         super().__init__()
         feat = cfg.deter + cfg.stoch
-        self.cfg, self.action_size = cfg, action_size
-        self.decoder = Decoder(cfg)
+        self.cfg, self.decoder = cfg, Decoder(cfg)
         self.mix = nn.Sequential(nn.Linear(cfg.stoch + action_size, cfg.hidden), nn.SiLU())
         self.gru = nn.GRUCell(cfg.hidden, cfg.deter)
         self.posterior_net = nn.Sequential(
@@ -363,28 +365,18 @@ class WorldModel(nn.Module):
         """Eq 2, the ensemble: p_m(z_t | h_t), m = 1..K. h (N, D) -> mean, std (K, N, S)."""
         return gaussian(self.priors(h))
 
-    def initial(self, n, device):
-        """The state before an episode: h (n, D) and z (n, S), all zero."""
-        return [torch.zeros(n, size, device=device) for size in (self.cfg.deter, self.cfg.stoch)]
-
-    def filter_step(self, h, z, a, e, noise):
-        """One step of Eq 1: the state, the action that leaves it, the feature of the next images ->
-        the next state h (N, D), z (N, S), and the posterior's mean, std (N, S)."""
-        h = self.recurrence(h, z, a)
-        mean, std = self.posterior(h, e)
-        return h, mean + std * noise, mean, std
-
     def observe(self, e, a, is_first):
         """Eq 1 along sequences: e (B, T, E), a (B, T, A), is_first (B, T) -> h, z, mean, std
-        (B, T, .). State and action are reset where `is_first` marks a new episode."""
+        (B, T, .). State and action are zero where `is_first` marks a new episode."""
         B, T = a.shape[:2]
+        h, z, steps = a.new_zeros(B, self.cfg.deter), a.new_zeros(B, self.cfg.stoch), []
         noise = torch.randn(B, T, self.cfg.stoch, device=a.device)
         keep = (~is_first).float().unsqueeze(-1)
-        (h, z), steps = self.initial(B, a.device), []
         with torch.autocast(a.device.type, enabled=False):        # B rows: float32 is faster
             for t in range(T):
-                h, z, a_t = h * keep[:, t], z * keep[:, t], a[:, t] * keep[:, t]
-                h, z, mean, std = self.filter_step(h, z, a_t, e[:, t], noise[:, t])
+                h = self.recurrence(h * keep[:, t], z * keep[:, t], a[:, t] * keep[:, t])
+                mean, std = self.posterior(h, e[:, t])
+                z = mean + std * noise[:, t]
                 steps.append((h, z, mean, std))
         return [torch.stack(column, 1) for column in zip(*steps)]
 
@@ -451,7 +443,7 @@ def model_loss(model, batch):
     """Eq 4: the negative evidence lower bound, the KL averaged over the K heads.
 
         L = -ln p(x_t|s_t) - ln p(e_t|s_t) - c_r ln p(r_t|s_t) + mean_m KL(q(z_t) || p_m(z_t)),
-        s_t ~ q (Eq 1)
+        s_t ~ q (Eq 1);   and -ln p(end_t|s_t), where a task can end
 
     batch: dict of x (B, T, 3, P, P), e (B, T, E), a (B, T, A), r, is_terminal, is_first (B, T).
     Returns (loss, metrics)."""
@@ -686,8 +678,9 @@ class Policy(nn.Module):
         self.requires_grad_(False)
 
     def update_ema(self, **newest):
-        """One step of the averages of the named modules, whose window is a tenth of the updates so
-        far, at most 1 / ema_rate. Source: Shamir and Zhang 2013, polynomial-decay averaging."""
+        """One step of the averages of the named modules, whose window is a tenth of all steps so
+        far, the prior's included, at most 1 / ema_rate. Source: Shamir and Zhang 2013,
+        polynomial-decay averaging."""
         rate = max(self.cfg.ema_rate, 10 / (10 + float(self.updates)))
         self.updates += 1
         for name, module in newest.items():
@@ -756,7 +749,7 @@ class Agent:
     (a Policy), and, with critics, `value_estimate(image)` for an episode's first image."""
     value_estimate = None
     stages = 1                                            # of N offline updates each
-    episodes = misses = 0                                 # online ones so far; without success
+    episodes = failures = 0                               # online ones so far; without success
 
     def __init__(self, cfg, device):
         self.cfg, self.device = cfg, torch.device(device)
@@ -772,13 +765,6 @@ class Agent:
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, self.cfg.precision == "bfloat16")
-
-    def prepare_batch(self, batch):
-        """A batch and its decisions on the device, with `valid` (B, T-1): a_{t+1} leaves s_t."""
-        batch = {name: self.prepare_batch(value) if name == "decisions" else
-                 torch.as_tensor(value).to(self.device) for name, value in batch.items()}
-        batch["valid"] = (~batch["is_first"][:, 1:]).float()
-        return batch
 
     def encode_frames(self, batch):
         """The encoder on a batch, each stack shifted by itself -> e (B, T', E), and the batch of
@@ -844,7 +830,7 @@ class BC(Agent):
 
     def update(self, batch):
         """One step of encoder and prior on a sampled batch -> metrics."""
-        e, batch = self.encode_frames(self.prepare_batch(batch))
+        e, batch = self.encode_frames(batch)
         with self.autocast():
             loss, metrics = self.losses(e, batch)
         metrics |= self.step(loss, "encoder", "prior")
@@ -881,9 +867,8 @@ class MOTO(BC):
         metrics. Raises FloatingPointError."""
         if "decisions" not in batch:
             return super().update(batch)
-        cfg, batch = self.cfg, self.prepare_batch(batch)
+        cfg, decisions = self.cfg, batch.pop("decisions")
         torch.compiler.cudagraph_mark_step_begin()        # CUDA graphs reuse their memory from here
-        decisions = batch.pop("decisions")
         with self.autocast():
             loss, metrics = self.model_terms(batch | {"x": to_image(batch["image"])})
         metrics |= self.step(loss, "model")
@@ -894,7 +879,7 @@ class MOTO(BC):
         loss, more = self.critic_terms(feat, decisions)
         metrics |= more | self.step(loss, "critic")
         update_target(self.target, self.critic, cfg.target_rate)
-        if self.episodes and self.misses >= cfg.warmup:   # SHARP: critics without failures flatter
+        if self.episodes and self.failures >= cfg.warmup:     # SHARP: critics that saw none flatter
             loss, more = self.actor_terms(decisions["e"][:, 0], cfg.beta / self.episodes)
             metrics |= more | self.step(loss, "actor")
             self.ema_policy.update_ema(actor=self.actor)
@@ -935,11 +920,10 @@ class MOTO(BC):
         steps = [value.reshape(cfg.horizon, cfg.hold, len(e)).movedim(1, -1)
                  for value in (penalized, discount)]
         q = self.target.smaller_of_two(imagined["e"], imagined["d"])
-        everywhere = torch.ones_like(u)
-        metrics = {"imagined/reward": weighted_mean(reward, everywhere),
-                   "imagined/penalty": weighted_mean(reward - penalized, everywhere),
-                   "imagined/disagreement": weighted_mean(u / model.disagreement_mean, everywhere)}
-        return value_expansion(*accumulate(*steps), q, cfg.lam), imagined, metrics
+        metrics = {"imagined/reward": reward.mean(), "imagined/disagreement": u.mean() /
+                   model.disagreement_mean, "imagined/penalty": (reward - penalized).mean()}
+        V = value_expansion(*accumulate(*steps), q, cfg.lam)
+        return V, imagined, metrics if cfg.horizon else {}
 
     def critic_terms(self, feat, batch):
         """Eq 10 and 11: feat (B', T, F) and what it is of, dict of (B', T, ...) -> loss, metrics.
@@ -1095,10 +1079,12 @@ class Replay:
         self.encoded = self.size
 
     def sample(self, rng, count, length, part="offline", without=()):
-        """`count` sequences -> dict of (count, length, ...), but for what is named `without`."""
+        """`count` sequences -> dict of (count, length, ...), but for what is named `without`; and
+        `valid` (count, length - 1): one where a_{t+1} leaves s_t, zero between two episodes."""
         at = self.starts[part][rng.integers(0, self.choices(part, length), size=count)]
         at = torch.from_numpy(at[:, None] + np.arange(length)).to(self.device)
-        return {name: values[at] for name, values in self.data.items() if name not in without}
+        batch = {name: values[at] for name, values in self.data.items() if name not in without}
+        return batch | {"valid": (~batch["is_first"][:, 1:]).float()}
 
     def choices(self, part, length):
         """How many sequences of `length` steps a part has; `starts` ascends."""
@@ -1247,7 +1233,7 @@ class Run:
     def __init__(self, cfg, acting=False):
         self.cfg, self.dir, self.videos = cfg, Path(cfg.logdir), None
         self.state = {"updates": 0, "episodes": 0, "failures": 0, "env_steps": 0, "seconds": {},
-                      "scores": {}, "pending": [], "logged": 0}
+                      "scores": {}, "scored": 0, "pending": [], "logged": 0}
         started = time.perf_counter()
         checkpoint = None if acting else self.read_checkpoint()
         self.env = make_env(cfg)
@@ -1384,7 +1370,7 @@ class Run:
     def update(self, bar, stage):
         """The update of both phases: sample, learn, count, log, save, and stop here if asked."""
         cfg, started, n = self.cfg, time.perf_counter(), self.state["updates"] + 1
-        self.agent.episodes, self.agent.misses = self.state["episodes"], self.state["failures"]
+        self.agent.episodes, self.agent.failures = self.state["episodes"], self.state["failures"]
         if n > cfg.offline_updates and self.agent.stages == 2:
             self.replay.encode(self.agent.ema_policy)
         with explained(f"learning failed at update {n}", "lower --model-lr, --actor-lr and "
@@ -1405,6 +1391,10 @@ class Run:
         bar.update()
         exit_if_asked()
 
+    def acting_updates(self):
+        """How often what acts has changed."""
+        return int(self.agent.ema_policy.updates)
+
     def score(self, name, episodes):
         """Evaluate once under this name (a resumed run does not repeat it) and log the result."""
         if self.state["scores"].get(name, {}).get("episodes") != episodes:
@@ -1412,12 +1402,12 @@ class Run:
             result, self.videos = evaluate(self.cfg, self.workers, self.agent, episodes)
             self.clock("evaluation", started)
             self.state["scores"][name] = result
+            self.state["scored"] = self.acting_updates()
             self.log({"evaluation": name} | {f"evaluation/{k}": v for k, v in result.items()})
 
     def score_on_the_way(self):
-        n = self.state["updates"]
-        constant = self.cfg.offline_updates <= n <= planned_offline(self.cfg)
-        if n and n % self.cfg.eval_every == 0 and not constant:
+        n, changed = self.state["updates"], self.state["scored"] != self.acting_updates()
+        if n and n % self.cfg.eval_every == 0 and changed:
             self.score(f"update {n}", max(1, self.cfg.final_episodes // 5))
 
 
@@ -1577,6 +1567,8 @@ def check_config(cfg):
             rule = "a multiple of 16"
         elif f.name == "imagined" and value and not (cfg.horizon and cfg.lam):
             rule = "0 without --horizon and --lam"
+        elif f.name == "beta" and not value and cfg.bound < 1:
+            rule = "above 0, or --bound at least 1: without it the correction is the action"
         elif f.name == "length" and value < cfg.hold + FRAMES:
             rule = f"at least {cfg.hold + FRAMES}: --hold + {FRAMES} images"
         if rule:

@@ -72,7 +72,7 @@ def batch_of(cfg, B=4, T=6, A=2, seed=0):
     return {"image": torch.randint(0, 255, shape, generator=g, dtype=torch.uint8),
             "a": torch.rand(B, T, A, generator=g) * 1.8 - 0.9,
             "r": torch.rand(B, T, generator=g), "is_terminal": torch.zeros(B, T),
-            "is_first": first}
+            "is_first": first, "valid": torch.ones(B, T - 1)}
 
 
 def practice_batch(cfg, seed=0, **sizes):
@@ -207,7 +207,7 @@ def test_eq02_imagination_draws_a_head_afresh_at_each_step(agent):
             p.zero_()
         priors.biases[-1][..., :6] = torch.arange(3.0)[:, None, None]
         priors.biases[-1][..., 6:] = -30
-    state = *agent.model.initial(60, "cpu"), torch.zeros(60, 16)
+    state = [torch.zeros(60, size) for size in (agent.cfg.deter, agent.cfg.stoch, 16)]
     imagined = moto.imagine(agent.model, agent.ema_policy, agent.actor, *state, 2, 2)
     k = imagined["feat"][1:, :, 16:].mean(-1).round().long()
     assert set(k.flatten().tolist()) == {0, 1, 2}
@@ -505,8 +505,9 @@ def critic_batch(agent):
     torch.manual_seed(0)
     batch = batch_of(agent.cfg)
     batch["is_first"][1, 4] = batch["is_first"][2, 3] = True
+    batch["valid"] = (~batch["is_first"][:, 1:]).float()
     batch["is_terminal"][1, 3] = 1
-    later = agent.encode_frames(agent.prepare_batch(batch))[1]
+    later = agent.encode_frames(batch)[1]
     feat, later["e"] = torch.randn(4, 4, 22), torch.rand(4, 4, 16) * 2 - 1
     return feat, later["e"], later
 
@@ -591,7 +592,7 @@ def test_eq13_no_action_is_cloned_across_an_episode_boundary(agent):
     batch = batch_of(agent.cfg)
     nll = lambda **changed: agent.update(batch | changed)["prior/behaviour_nll"]
     assert nll() != 0
-    assert nll(is_first=torch.ones(4, 6, dtype=torch.bool)) == 0
+    assert nll(valid=torch.zeros(4, 5)) == 0
 
 
 def test_eq13_cloning_sees_shifted_images():
@@ -622,7 +623,8 @@ def test_eq14_actor_loss_has_no_scale(scale):
 
 @pytest.mark.parametrize("beta", [0.0, 1e4])
 def test_eq14_following_the_loss_raises_the_critics_value_or_ends_at_the_prior(beta):
-    agent = online_agent(beta=beta, actor_lr=1e-2, model_lr=1e-12, critic_lr=1e-12)
+    rates = dict(actor_lr=1e-2, model_lr=1e-12, critic_lr=1e-12)
+    agent = online_agent(beta=beta, bound=0.15 if beta else 1.0, **rates)
     randomised(agent.actor, 0.05)
     randomised(agent.critic, 0.5)                             # with opinions
     metrics = [agent.update(practice_batch(agent.cfg)) for _ in range(40)]
@@ -770,7 +772,7 @@ def test_each_loss_reaches_and_moves_its_own_parameters_and_no_others(stage, exp
 def test_the_actor_learns_online_after_some_misses_alone():
     agent, rows = tiny_agent(warmup=2), []
     at = [flat(agent.actor.parameters())]
-    for agent.episodes, agent.misses in ((0, 2), (0, 3), (1, 0), (2, 1), (3, 2), (4, 2)):
+    for agent.episodes, agent.failures in ((0, 2), (0, 3), (1, 0), (2, 1), (3, 2), (4, 2)):
         rows.append(agent.update(practice_batch(agent.cfg)))
         at.append(flat(agent.actor.parameters()))
     moved = [not torch.equal(before, after) for before, after in itertools.pairwise(at)]
@@ -1055,6 +1057,8 @@ def test_action_image_reward_alignment_and_time_limits(agent, tmp_path, ends):
     assert store.data["is_first"].nonzero().flatten().tolist() == [0, 6, 12]
     batch = store.sample(np.random.default_rng(0), 50, 7)
     np.testing.assert_allclose(batch["a"][..., 0], batch["r"])
+    np.testing.assert_array_equal(batch["valid"], ~batch["is_first"][:, 1:])
+    assert 0 < batch["valid"].mean() < 1
     shown = np.round((batch["a"][..., 0].numpy().astype(float) + 1) * 100)
     np.testing.assert_array_equal(batch["image"][..., 0, 0, 0], shown)
     terminals = held["is_terminal"].nonzero().flatten().tolist()
@@ -1228,7 +1232,7 @@ def test_acting_stacks_the_frames_as_training_does(variant):
 
 def test_features_are_those_of_the_steps_with_a_whole_stack(agent):
     """e and every other part of the batch are aligned; each stack is shifted by itself."""
-    batch = agent.prepare_batch(batch_of(agent.cfg))
+    batch = batch_of(agent.cfg)
     e, later = agent.encode_frames(batch)
     assert e.shape == (4, 4, 16)
     assert all(torch.equal(later[name], value[:, 2:]) for name, value in batch.items())
@@ -1266,7 +1270,7 @@ def baseline(variant, **changes):
     episodes."""
     agent, g = tiny_agent(variant=variant, **changes), torch.Generator().manual_seed(1)
     terminal = (torch.rand(4, 6, generator=g) < 0.2).float()
-    batch = agent.prepare_batch(batch_of(agent.cfg) | {"terminal": terminal})
+    batch = batch_of(agent.cfg) | {"terminal": terminal}
     batch["valid"][1, 2] = 0
     return agent, torch.randn(4, 6, 16, generator=g), batch
 
@@ -1568,12 +1572,13 @@ def test_a_run_of_no_updates_scores_and_draws_the_untrained_agent(dots, tmp_path
     assert read_json(tmp_path / "result.json")["updates"] == 4
 
 
-def test_a_run_is_scored_on_the_way_where_what_acts_learns(dots, tmp_path):
-    """Not while model and critics learn offline, updates 7 to 12."""
-    assert run(dots, tmp_path, eval_every=2) == 0
+@pytest.mark.parametrize("warmup, online", [(1, (14, 16, 18)), (9, ())])
+def test_a_run_is_scored_on_the_way_if_what_acts_has_changed(dots, tmp_path, warmup, online):
+    """Not while model and critics learn offline, updates 7 to 12, nor before the actor begins."""
+    assert run(dots, tmp_path, eval_every=2, warmup=warmup) == 0
     names = [row["evaluation"] for row in metrics_of(tmp_path) if "evaluation" in row]
-    on_the_way = [f"update {n}" for n in (2, 4, 14, 16, 18)]
-    assert names == [*on_the_way[:2], "offline", *on_the_way[2:], "final"]
+    before, after = ([f"update {n}" for n in some] for some in ((2, 4, 6), online))
+    assert names == [*before, "offline", *after, "final"]
 
 
 def test_the_recorded_runs_have_a_score_before_practice_and_one_at_the_end():
@@ -1974,6 +1979,7 @@ def one_sentence(capsys, argv, *words, program=moto):
     (["--image-size", "50"], ["multiple of 16"]),
     (["--length", "10"], ["--length", "at least 11", "--hold"]),
     (["--imagined", "0.5", "--lam", "0"], ["--imagined", "0 without", "--lam"]),
+    (["--beta", "0"], ["--beta", "--bound at least 1"]),
     (["--episode-steps", "300"], ["--episode-steps", "at most 245"]),
     (["--evaluate", "/nowhere", "--episodes", "0"], ["--episodes", "at least 1"]),
     (["--device", "abacus"], ["abacus"]),

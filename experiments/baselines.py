@@ -51,7 +51,7 @@ class ModelFree(moto.Agent):
 
     def update(self, batch):
         """One step of everything on a sampled batch -> metrics."""
-        feat, batch = self.encode_frames(self.prepare_batch(batch))
+        feat, batch = self.encode_frames(batch)
         with self.autocast():
             loss, metrics = self.losses(feat, batch)
         metrics |= self.step(loss, *self.optimisers)

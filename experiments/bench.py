@@ -136,10 +136,10 @@ def bench_parts(cfg, repeat=10):
     (forward and backward), eager."""
     (agent, update), store = learner(cfg), synthetic_replay(cfg, 10)
     rng, policy, device = np.random.default_rng(0), agent.ema_policy, cfg.device
-    images = agent.prepare_batch(moto.sample_batch(cfg, rng, store))
+    images = moto.sample_batch(cfg, rng, store)
     store.encode(policy)
     sample = lambda: moto.sample_batch(cfg, rng, store)
-    batch = agent.prepare_batch(sample())
+    batch = sample()
     decisions = batch.pop("decisions")
     feat, last = agent.filter(decisions)
     start = [value[:, cfg.hold:].flatten(0, 1) for value in (feat, last["e"])]

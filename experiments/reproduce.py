@@ -178,17 +178,20 @@ def draw_groups(path, tasks, ylabel, value, **limits):
                         for _, rows in members]
             common = sorted(set.intersection(*measured))
             y = np.array([[value(rows[e]) for e in common] for _, rows in members])
+            color = colors.setdefault(name, f"C{len(colors)}")
             if len(common) > 1:
-                color = colors.setdefault(name, f"C{len(colors)}")
                 handles[name], = axis.plot(common, y.mean(0), "o-", ms=3, color=color)
                 axis.fill_between(common, y.min(0), y.max(0), color=color, alpha=0.15)
             elif common:                                  # no online phase: a level to compare with
-                handles[name] = axis.axhline(y.mean(), ls="--", color="black", lw=1)
+                line = axis.axhline(y.mean(), ls="--", color=color, lw=1)
+                handles.setdefault(name, line)
         seeds = max(map(len, groups.values()))
         axis.set(title=f"{task} ({seeds} seed{'s' * (seeds > 1)})", **limits,
                  xlabel="online episodes (0: after the offline phase)")
         axis.axhline(0, color="black", lw=0.8)
         axis.grid(alpha=0.3)
+        if not axis.collections:
+            axis.set_xticks([])                           # levels alone: no episodes to count
     fig.legend(handles.values(), handles, loc="outside lower center", ncols=2 * columns)
     pictures.save_figure(fig, path)
     print(f"wrote {path}", file=sys.stderr)

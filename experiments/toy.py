@@ -29,10 +29,10 @@ SETTINGS = dict(
     online_episodes=40, updates_per_episode=15, warmup=5)
 AGENTS = {
     "cloning": dict(variant="bc"),
-    "dreams alone": dict(variant="dreamerv2"),
+    "dreams alone, alpha = 0": dict(variant="dreamerv2"),
     "dreams alone, alpha = 1": dict(variant="dreamerv2", alpha=1.0),
     "real steps first, alpha = 0": dict(variant="no-bc-no-unc"),
-    "real steps first": dict(variant="no-bc"),
+    "real steps first, alpha = 1": dict(variant="no-bc"),
     "moto": {},
     "moto, c = 0.1": dict(bound=0.1),
     "moto, c = 1": dict(bound=1.0),
@@ -138,7 +138,8 @@ def train(env, demonstrations, seed=0, **changes):
     for index in range(cfg.online_episodes):
         noisy = index % 2 == 0
         episode = moto.rollout(cfg, env, learner.ema_policy, [seed, 1, index], sample=noisy)
-        learner.episodes, learner.misses = index + 1, learner.misses + (not episode.pop("success"))
+        learner.episodes += 1
+        learner.failures += not episode.pop("success")
         episode = {name: np.array(value) for name, value in episode.items()}
         replay.add(episode | {"terminal": False}, part="online")
         if learner.stages == 2:

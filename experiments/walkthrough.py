@@ -297,11 +297,12 @@ def data_flow():
 
 def timeline():
     """What learns when."""
-    _, axis = plt.subplots(figsize=(13, 1.9))
+    _, axis = plt.subplots(figsize=(13, 2.2))
     right = dict(ha="right", va="center")
     for row, (name, start, end, colour) in enumerate((
             ("encoder of $e$, behaviour prior", 0, 2, "#f4b183"),
-            ("world model, critics", 2, 13, "#9dc3e6"), ("actor", 8, 13, "#a9d18e"))):
+            ("world model", 2, 13, "#9dc3e6"), ("critics", 2, 13, "#a9d18e"),
+            ("actor", 8, 13, "#f4b183"))):
         axis.text(-0.15, -row, name, **right)
         axis.barh(-row, end - start, left=start, height=0.55, color=colour)
     axis.text(2, 0.6, "offline, on the demonstrations:\n$N$ updates, and $N$ more", ha="center")
@@ -309,11 +310,11 @@ def timeline():
               ha="center")
     for n in range(9):
         colour = "tab:blue" if n % 2 == 0 else "white"
-        axis.plot(4.3 + n, -3, marker="o", color=colour, mec="tab:blue", ms=8)
-    axis.text(-0.15, -3, "episodes (filled: with noise)", **right)
-    axis.text(7.9, -2, "after ten misses:", fontsize=8, **right)
+        axis.plot(4.3 + n, -4, marker="o", color=colour, mec="tab:blue", ms=8)
+    axis.text(-0.15, -4, "episodes (filled: with noise)", **right)
+    axis.text(7.9, -3, "after ten misses:", fontsize=8, **right)
     axis.axvline(4, color="0.3", lw=1)
-    axis.set(xlim=(-2.6, 13.2), ylim=(-3.4, 1))
+    axis.set(xlim=(-2.6, 13.2), ylim=(-4.4, 1))
     axis.axis("off")
 
 
@@ -612,7 +613,7 @@ def at_stake(agent, e, rows):
 def draw_bound(worlds, alphas):
     """Eq 16 in `worlds` (as of `random_mdp`): u against the true error; then, over alpha, what is
     achieved and what is promised, with this u and with its mean everywhere. Asserts the theorem."""
-    _, axes = plt.subplots(1, 3, figsize=(13, 3.1))
+    _, axes = plt.subplots(1, 4, figsize=(15, 3.1))
     u, visits = (np.concatenate([w[name].ravel() for w in worlds]) for name in ("u", "visits"))
     error = np.concatenate([np.abs(w["P"] - w["P_hat"]).sum(-1).ravel() for w in worlds])
     axes[0].plot(u, error, ".", ms=2)
@@ -627,10 +628,8 @@ def draw_bound(worlds, alphas):
         achieved, promised, holds, theirs = np.mean(rows, 0).T
         axes[1].plot(alphas, achieved, "o-", ms=3, color=colour, label=rf"$J(\hat\pi)$, {name}")
         axes[2].plot(alphas, promised, ":", color=colour)
-        axes[2].plot(alphas[holds == 1], promised[holds == 1], color=colour,
-                     label=f"bound, {name} (dotted: not proven)")
-        axes[2].plot(alphas, holds, "--", color=colour, lw=1,
-                     label="share of MDPs where the condition holds")
+        axes[2].plot(alphas[holds == 1], promised[holds == 1], color=colour)
+        axes[3].plot(alphas, holds, "o-", ms=3, color=colour)
         print(f"{name}: alpha = {alphas[0]:g} gives {achieved[0]:.3f}, the best alpha "
               f"({alphas[achieved.argmax()]:.2g}) {achieved.max():.3f}, the demonstrator "
               f"{theirs[0]:.3f}")
@@ -638,9 +637,9 @@ def draw_bound(worlds, alphas):
     axes[1].set(xscale="log", xlabel=r"$\alpha$", ylabel="share of the optimum",
                 title="what is achieved")
     axes[1].legend(fontsize=7, loc="lower left")
-    axes[2].set(xscale="log", xlabel=r"$\alpha$", yscale="symlog", ylim=(-2e3, 2e3),
-                title="what is promised")
-    axes[2].legend(fontsize=7, loc="upper right")
+    axes[2].set(xscale="log", xlabel=r"$\alpha$", yscale="symlog", ylim=(-2e3, 2),
+                title="what is promised (dotted: not proven)")
+    axes[3].set(xscale="log", xlabel=r"$\alpha$", title="share of MDPs where it is proven")
 
 
 def in_one_world(world, alphas, blind):
@@ -658,9 +657,16 @@ def in_one_world(world, alphas, blind):
     return rows
 
 
+def practised(runs):
+    """Of recorded runs (as of `recorded_runs`) the tasks of which one run has an online phase."""
+    return {task: variants for task, variants in runs.items()
+            if any(len(seed) > 1 for seeds in variants.values() for seed in seeds)}
+
+
 def draw_runs(runs):
-    """Success of recorded runs (as of `recorded_runs`) over online episodes, a panel a task; band:
-    the seeds' range; dashed: a run without an online phase."""
+    """Success of recorded runs over online episodes, a panel for each task that was practised;
+    band: the seeds' range; dashed: a run without an online phase."""
+    runs = practised(runs)
     order, rows, lines = [*moto.VARIANTS], -(-len(runs) // 5), {}
     colours = {name: f"C{n}" for n, name in enumerate(order)} | {"bc": "k"}
     columns = min(5, len(runs))
@@ -693,8 +699,7 @@ HONESTY = (("moto", "tab:blue", "-"), ("no-unc", "tab:red", "-"), ("no-bc", "tab
 
 def draw_honesty(runs):
     """Promised minus real value over online episodes, of recorded runs with an online phase."""
-    runs = {task: variants for task, variants in runs.items()
-            if any(len(seed) > 1 for seeds in variants.values() for seed in seeds)}
+    runs = practised(runs)
     _, axes = plt.subplots(1, len(runs), figsize=(5.5 * len(runs), 3), sharey=True, squeeze=False)
     for axis, (task, variants) in zip(axes.flat, runs.items()):
         for variant, colour, style in HONESTY:
@@ -718,7 +723,8 @@ def draw_kitchen(images, name, reward=None, predicted=None, dreams=None, most=No
     if dreams is not None:
         axes[1].plot(dreams, "tab:green", lw=0.5, alpha=0.4)
     if predicted is not None:
-        axes[1].plot(predicted, "tab:green", label="the model's reward, of the images above")
+        axes[1].plot(predicted, "tab:green" if dreams is None else "k",
+                     label="the model's reward, of the images above")
     if most is not None:
         axes[1].axhline(most, color="tab:red", ls=":", label="the most in any demonstration")
     axes[1].set(xlabel="step", ylim=(-0.2, 4.3))
