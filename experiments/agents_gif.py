@@ -1,6 +1,6 @@
 """figures/agents.gif: agents at work, each beside its model's prediction.
 
-    python experiments/agents_gif.py    # the two published agents, or those of other run folders
+    python experiments/agents_gif.py    # the agents of drawer-open and Kitchen, or of given folders
 
 Left the best of the first five episodes that --evaluate plays, right what the model predicts after
 its first five images from the actions alone.
@@ -32,7 +32,8 @@ def pair(folder):
 
 
 def draw(folders):
-    folders = folders or sys.argv[1:] or sorted(HERE.glob("agents/*"))
+    published = HERE / "agents/drawer-open", HERE / "agents/kitchen-partial"
+    folders = folders or sys.argv[1:] or published
     frames = np.concatenate([pair(folder) for folder in folders], 2)
     colours = Image.fromarray(np.concatenate(frames[::8])).quantize(128)
     images = [Image.fromarray(frame).quantize(palette=colours, dither=0) for frame in frames]

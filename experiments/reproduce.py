@@ -146,18 +146,15 @@ def interval(rows, draws=10_000):
 
 def print_table(tasks):
     """A line of scores per task and configuration, as Markdown."""
-    print("| task | runs | seeds | offline | at 100 | at 200 | final | 95 % interval | episodes |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| task | variant | which seeds | offline | final | 95 % interval | online episodes |")
+    print("|---|---|---|---|---|---|---|")
     for task, groups in tasks.items():
         for name, members in groups.items():
             seeds = ", ".join(str(config["seed"]) for config, _ in members)
-            scores = []
-            for episode in (0, 100, 200):
-                found = [solved(rows[episode]) for _, rows in members if episode in rows]
-                scores.append(f"{np.mean(found):.0%}" if len(found) == len(members) else "")
-            last = [rows[max(rows)] for _, rows in members]
-            final, (low, high) = np.mean([solved(row) for row in last]), interval(last)
-            print(f"| {task} | {name} | {seeds} | {' | '.join(scores)} | {final:.0%} | "
+            first, last = ([rows[end(rows)] for _, rows in members] for end in (min, max))
+            offline, final = (np.mean([solved(row) for row in ends]) for ends in (first, last))
+            low, high = interval(last)
+            print(f"| {task} | {name} | {seeds} | {offline:.0%} | {final:.0%} | "
                   f"{low:.0%} to {high:.0%} | {members[0][0]['online_episodes']} |")
 
 

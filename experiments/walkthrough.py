@@ -327,11 +327,11 @@ def film(axis, images, name, end=None, count=12):
 
 
 def draw_episodes(episodes):
-    """A strip for each of {name: [episodes]}, to shortly after success (a failure: its start)."""
+    """A strip for each of {name: [episodes]}, to shortly after success (a failure: to the end)."""
     rows = [(name, one) for name, group in episodes.items() for one in group]
     _, axes = plt.subplots(len(rows), 1, figsize=(13, 1.2 * len(rows) + 0.1))
     for axis, (name, one) in zip(axes, rows):
-        film(axis, one["image"], name, np.argmax(one["reward"]) + 5)
+        film(axis, one["image"], name, np.argmax(one["reward"]) + 5 if max(one["reward"]) else None)
 
 
 def draw_time():
