@@ -535,20 +535,17 @@ def value_expansion(reward, discount, q, lam):
     return torch.stack(V)
 
 
-def real_decisions(a, b, r, is_terminal, valid, hold, bound, gamma):
-    """What was done and earned in the k steps after every real step.
+def real_decisions(a, b, r, is_terminal, valid, bound, gamma):
+    """What was done and earned in the k steps of each of N decisions that were really made.
 
-    a, b (B, T-1, A): the action that left s_t, and the prior's; r, is_terminal, valid (B, T-1) ->
-    d (B, n, A), n = T - k: the mean correction (a - b) / c; reward and discount (B, n); weight
-    (B, n): one where the k steps are of one episode, or end with the task's end. SHARP: a window
-    may span two held corrections; d is their mean."""
-    windows = [value.unfold(1, hold, 1) for value in (r, gamma * (1 - is_terminal), valid)]
-    reward, discount = accumulate(*windows[:2])
-    ended = (windows[1] == 0).cumsum(-1) > 0              # with this step, or before
-    reached = F.pad(~ended[..., :-1], (1, 0), value=True)
-    d = ((a - b) / bound).unfold(1, hold, 1) * reached.unsqueeze(2)
-    whole = (windows[2].bool() | ~reached).all(-1)
-    return d.sum(-1) / reached.sum(-1, keepdim=True), reward, discount, whole.float()
+    a, b (N, k, A): the actions, and the prior's; r, is_terminal, valid (N, k) -> d (N, A): the mean
+    correction (a - b) / c; reward and discount (N,); weight (N,): one where the k steps are of one
+    episode, or end with the task's end. SHARP: they may span two held corrections; d is the mean.
+    """
+    reward, discount = accumulate(r, gamma * (1 - is_terminal))
+    reached = F.pad(is_terminal[:, :-1].cumsum(1) == 0, (1, 0), value=True)     # the end included
+    d = ((a - b) / bound * reached.unsqueeze(-1)).sum(1) / reached.sum(1, keepdim=True)
+    return d, reward, discount, (valid.bool() | ~reached).all(1).float()
 
 
 def critic_target(reward, discount, V0):
@@ -556,9 +553,9 @@ def critic_target(reward, discount, V0):
 
         y_t = sum_{i<k} gamma^i r_{t+1+i} + gamma^k V^0(s_{t+k})
 
-    reward, discount (..., n) as from `real_decisions`; V0 (..., n): V^0 at the state that follows.
-    The real reward is not penalised. SHARP: the discount is zero where the task ended; at a time
-    limit it is not, and the value goes on. The target of imagined decisions is V^j itself."""
+    reward, discount (N,) as from `real_decisions`; V0 (N,): V^0 at the state that follows. The real
+    reward is not penalised. SHARP: the discount is zero where the task ended; at a time limit it is
+    not, and the value goes on. The target of imagined decisions is V^j itself."""
     return reward + discount * V0
 
 
@@ -887,12 +884,12 @@ class MOTO(BC):
 
     @torch.no_grad()
     def filter(self, decisions):
-        """The latents of decisions (B', T, ...) and what they are of, both of the last k + 1 steps:
-        feat (B', k + 1, F), dict of (B', k + 1, ...). The steps before them start the filter."""
+        """Of decisions (N, T, ...): the state after the last step, feat (N, F), and the last k + 1
+        steps, dict of (N, k + 1, ...). The steps before them start the filter."""
         h, z, *_ = self.model.observe(*(decisions[name] for name in ("e", "a", "is_first")))
         last = {name: value[:, -self.cfg.hold - 1:] for name, value in decisions.items()}
         last["valid"] = decisions["valid"][:, -self.cfg.hold:]
-        return torch.cat([h, z], -1)[:, -self.cfg.hold - 1:], last
+        return torch.cat([h[:, -1], z[:, -1]], -1), last
 
     def actor_terms(self, e, weight):
         """Eq 14 at real features e (..., E) (DEPARTURE: no gradient through the model) -> loss,
@@ -926,16 +923,16 @@ class MOTO(BC):
         return V, imagined, metrics if cfg.horizon else {}
 
     def critic_terms(self, feat, batch):
-        """Eq 10 and 11: feat (B', T, F) and what it is of, dict of (B', T, ...) -> loss, metrics.
-        T is k + 1 in an update: one decision in each row."""
-        cfg, k, unit, e = self.cfg, self.cfg.hold, self.critic.unit, batch["e"]
+        """Eq 10 and 11 for N decisions, as from `filter`: feat (N, F) of the state after each, and
+        dict of (N, k + 1, ...) -> loss, metrics."""
+        cfg, unit, e = self.cfg, self.critic.unit, batch["e"]
+        done = [batch[name][:, 1:] for name in ("a", "r", "is_terminal")]
         b = self.ema_policy.prior_action(e[:, :-1])
         d, reward, discount, weight = real_decisions(
-            batch["a"][:, 1:], b, batch["r"][:, 1:], batch["is_terminal"][:, 1:], batch["valid"], k,
-            cfg.bound, cfg.gamma)
-        V, imagined, metrics = self.expand(feat[:, k:].flatten(0, 1), e[:, k:].flatten(0, 1))
-        y = critic_target(reward, discount, V[0].reshape(reward.shape))
-        q = self.critic(e[:, :-k], d)
+            done[0], b, *done[1:], batch["valid"], cfg.bound, cfg.gamma)
+        V, imagined, metrics = self.expand(feat, e[:, -1])
+        y = critic_target(reward, discount, V[0])
+        q = self.critic(e[:, 0], d)
         on_real = critic_loss(q, y, weight, unit)
         loss = (1 - cfg.imagined) * on_real
         metrics |= {"critic/real": on_real.detach(), "critic/q": q.mean().detach() / unit}

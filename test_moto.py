@@ -424,52 +424,50 @@ def test_eq09_accumulate_makes_one_step_of_a_decision():
 
 @pytest.mark.parametrize("hold", [1, 3])
 def test_eq10_real_decisions_against_a_naive_loop(hold):
-    """Sequences of random episodes, half of which end as the task does: within such an end a
-    decision counts, over any other boundary it does not."""
-    g, B, T, gamma, bound = torch.Generator().manual_seed(2), 8, 12, 0.9, 0.25
-    a, b = (torch.rand(B, T, 2, generator=g) * 2 - 1 for _ in range(2))
-    r, valid = torch.rand(B, T, generator=g), (torch.rand(B, T, generator=g) > 0.2).float()
+    """Pieces of random episodes, some of which end as the task does: within such an end a decision
+    counts, over any other boundary it does not."""
+    g, N, gamma, bound = torch.Generator().manual_seed(2), 60, 0.9, 0.25
+    a, b = (torch.rand(N, hold, 2, generator=g) * 2 - 1 for _ in range(2))
+    r, valid = torch.rand(N, hold, generator=g), (torch.rand(N, hold, generator=g) > 0.2).float()
     over = torch.nn.functional.pad(1 - valid[:, 1:], (0, 1))  # the last step of an episode
-    terminal = over * (torch.rand(B, T, generator=g) > 0.5) * valid
-    d, reward, discount, weight = moto.real_decisions(a, b, r, terminal, valid, hold, bound, gamma)
-    n = T + 1 - hold
-    assert d.shape == (B, n, 2) and reward.shape == discount.shape == weight.shape == (B, n)
+    terminal = over * (torch.rand(N, hold, generator=g) > 0.5) * valid
+    d, reward, discount, weight = moto.real_decisions(a, b, r, terminal, valid, bound, gamma)
+    assert d.shape == (N, 2) and reward.shape == discount.shape == weight.shape == (N,)
     early = torn = 0
-    for row, t in itertools.product(range(B), range(n)):
+    for n in range(N):
         total, product, corrections = 0.0, 1.0, []
-        for i in range(t, t + hold):
-            if not valid[row, i]:
+        for i in range(hold):
+            if not valid[n, i]:
                 product = None
                 break
-            corrections.append((a[row, i] - b[row, i]) / bound)
-            total, product = total + product * r[row, i], product * gamma
-            if terminal[row, i]:
+            corrections.append((a[n, i] - b[n, i]) / bound)
+            total, product = total + product * r[n, i], product * gamma
+            if terminal[n, i]:
                 product = 0.0
                 break
-        assert weight[row, t] == (product is not None)
+        assert weight[n] == (product is not None)
         torn += bool(corrections) and product is None
         if product is not None:
             early += len(corrections) < hold
-            torch.testing.assert_close(reward[row, t], torch.as_tensor(total))
-            assert float(discount[row, t]) == pytest.approx(product)
-            torch.testing.assert_close(d[row, t], sum(corrections) / len(corrections))
+            torch.testing.assert_close(reward[n], torch.as_tensor(total))
+            assert float(discount[n]) == pytest.approx(product)
+            torch.testing.assert_close(d[n], sum(corrections) / len(corrections))
     assert hold == 1 or early and torn
 
 
 def test_eq10_with_decisions_of_one_step_the_target_is_that_of_value_expansion():
     """y_t = r_{t+1} + gamma (r~^0 + gamma r~^1 + gamma^2 Q), the recorded action for d; but zero
     beyond a task's end, and the value goes on beyond a time limit, whose transitions are valid."""
-    real, imagined, q = torch.rand(2, 3), torch.rand(2, 6), torch.rand(3, 6)
-    a, zero, gamma = torch.rand(2, 3, 2), torch.zeros(2, 3), 0.9
-    ends = torch.tensor([[0., 1, 0], [0, 0, 0]])
+    real, imagined, q = torch.rand(6, 1), torch.rand(2, 6), torch.rand(3, 6)
+    a, gamma, ends = torch.rand(6, 1, 2), 0.9, torch.tensor([[0.], [1], [0], [0], [0], [0]])
     steps = moto.accumulate(imagined[..., None], torch.full((2, 6, 1), gamma))
-    V0 = moto.value_expansion(*steps, q, 1.0)[0].reshape(2, 3)
+    V0 = moto.value_expansion(*steps, q, 1.0)[0]
     d, reward, discount, weight = moto.real_decisions(
-        a, torch.zeros_like(a), real, ends, zero + 1, 1, 1.0, gamma)
-    beyond = (imagined[0] + gamma * imagined[1] + gamma ** 2 * q[2]).reshape(2, 3)
-    expected = real + gamma * (1 - ends) * beyond
+        a, torch.zeros_like(a), real, ends, torch.ones(6, 1), 1.0, gamma)
+    beyond = imagined[0] + gamma * imagined[1] + gamma ** 2 * q[2]
+    expected = (real + gamma * (1 - ends) * beyond[:, None])[:, 0]
     torch.testing.assert_close(moto.critic_target(reward, discount, V0), expected)
-    assert weight.all() and torch.equal(d, a)
+    assert weight.all() and torch.equal(d, a[:, 0])
 
 
 def test_eq11_critic_loss(agent):
@@ -501,15 +499,13 @@ def test_eq11_the_smaller_of_two_different_critics_is_drawn(monkeypatch):
 
 
 def critic_batch(agent):
-    """Features and states of T' = 4 steps, and the rest of a prepared batch, for critic_terms."""
+    """States after 8 decisions of k = 2 steps, and these steps, for critic_terms: one leads out of
+    its episode, one begins with another's last step, one ends as the task does, one earlier."""
     torch.manual_seed(0)
-    batch = batch_of(agent.cfg)
-    batch["is_first"][1, 4] = batch["is_first"][2, 3] = True
-    batch["valid"] = (~batch["is_first"][:, 1:]).float()
-    batch["is_terminal"][1, 3] = 1
-    later = agent.encode_frames(batch)[1]
-    feat, later["e"] = torch.randn(4, 4, 22), torch.rand(4, 4, 16) * 2 - 1
-    return feat, later["e"], later
+    batch = batch_of(agent.cfg, B=8, T=3) | {"e": torch.rand(8, 3, 16) * 2 - 1}
+    batch["valid"][0, 1] = batch["valid"][1, 0] = batch["valid"][3, 1] = 0
+    batch["is_terminal"][2, 2] = batch["is_terminal"][3, 1] = 1
+    return torch.randn(8, 22), batch
 
 
 def test_eq11_critic_terms_against_a_naive_loop():
@@ -517,27 +513,27 @@ def test_eq11_critic_terms_against_a_naive_loop():
     agent = online_agent(horizon=0, critics=1, gamma=0.9, bound=0.5)
     for module in (agent.actor, agent.critic, agent.target, agent.ema_policy.prior):
         randomised(module)
-    feat, e, later = critic_batch(agent)
-    a, r, policy, terms = later["a"], later["r"], agent.ema_policy, []
+    feat, batch = critic_batch(agent)
+    e, a, r, policy, terms = batch["e"], batch["a"], batch["r"], agent.ema_policy, []
     Q = lambda critic, e, d: critic(e[None], d[None]).squeeze()
 
     def effective(e):
         prior = policy.prior(e).mode
         return ((prior + 0.5 * agent.actor(e)).clamp(-1, 1) - prior) / 0.5
-    for b, t in itertools.product(range(4), range(2)):
-        if not later["valid"][b, t]:
+    for n in range(8):
+        if not batch["valid"][n, 0]:
             continue
-        errors = [(a[b, i + 1] - policy.prior(e[b, i]).mode) / 0.5 for i in (t, t + 1)]
-        y, d = r[b, t + 1], errors[0]
-        if not later["is_terminal"][b, t + 1]:
-            if not later["valid"][b, t + 1]:
+        errors = [(a[n, i + 1] - policy.prior(e[n, i]).mode) / 0.5 for i in (0, 1)]
+        y, d = r[n, 1], errors[0]
+        if not batch["is_terminal"][n, 1]:
+            if not batch["valid"][n, 1]:
                 continue
             d = sum(errors) / 2
-            y = y + 0.9 * r[b, t + 2]
-            if not later["is_terminal"][b, t + 2]:
-                y = y + 0.81 * Q(agent.target, e[b, t + 2], effective(e[b, t + 2]))
-        terms.append(((Q(agent.critic, e[b, t], d) - y.detach()) / 10) ** 2)
-    loss, metrics = agent.critic_terms(feat, later)
+            y = y + 0.9 * r[n, 2]
+            if not batch["is_terminal"][n, 2]:
+                y = y + 0.81 * Q(agent.target, e[n, 2], effective(e[n, 2]))
+        terms.append(((Q(agent.critic, e[n, 0], d) - y.detach()) / 10) ** 2)
+    loss, metrics = agent.critic_terms(feat, batch)
     assert len(terms) == 6
     torch.testing.assert_close(loss, torch.stack(terms).mean())
 
@@ -548,18 +544,18 @@ def test_eq11_imagined_is_the_share_of_imagined_transitions(share):
     agent = online_agent(imagined=share)
     randomised(agent.actor)
     agent.model.disagreement_mean.fill_(0.5)
-    feat, e, later = critic_batch(agent)
+    feat, batch = critic_batch(agent)
     torch.manual_seed(1)
-    V, imagined, _ = agent.expand(feat[:, 2:].flatten(0, 1), e[:, 2:].flatten(0, 1))
+    V, imagined, _ = agent.expand(feat, batch["e"][:, -1])
     q = agent.critic(imagined["e"], imagined["d"])[:, :-1]
     on_imagined = ((q - V[:-1]) * (1 - agent.cfg.gamma)).square().sum(0).mean()
     torch.manual_seed(1)
-    loss, metrics = agent.critic_terms(feat, later)
+    loss, metrics = agent.critic_terms(feat, batch)
     assert ("critic/imagined" in metrics) == (share > 0)
     mixed = (1 - share) * metrics["critic/real"] + share * on_imagined
     torch.testing.assert_close(loss, mixed)
     torch.manual_seed(1)
-    other, _ = agent.critic_terms(feat, later | {"r": later["r"] + 1})
+    other, _ = agent.critic_terms(feat, batch | {"r": batch["r"] + 1})
     assert torch.equal(loss, other) == (share == 1)           # real rewards do not matter then
 
 
@@ -812,12 +808,12 @@ def test_without_a_behaviour_term_the_prior_is_never_read():
     def results(prior_scale, beta):
         agent = online_agent(beta=beta, bound=1.0)
         randomised(agent.actor)
-        feat, e, later = critic_batch(agent)
+        feat, batch = critic_batch(agent)
         agent.model.disagreement_mean.fill_(0.5)
         randomised(agent.ema_policy.prior, prior_scale)
         a, _ = agent.ema_policy.act(random_image())
         torch.manual_seed(0)
-        return a.tolist(), agent.critic_terms(feat, later)[0]
+        return a.tolist(), agent.critic_terms(feat, batch)[0]
     assert results(0.0, 0.0) == results(1.0, 0.0)
     assert results(0.0, 0.1) != results(1.0, 0.1)
 

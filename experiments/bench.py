@@ -142,7 +142,6 @@ def bench_parts(cfg, repeat=10):
     batch = sample()
     decisions = batch.pop("decisions")
     feat, last = agent.filter(decisions)
-    start = [value[:, cfg.hold:].flatten(0, 1) for value in (feat, last["e"])]
     batch["x"] = moto.to_image(batch["image"])
 
     def both_ways(forward, autocast=contextlib.nullcontext):
@@ -165,7 +164,7 @@ def bench_parts(cfg, repeat=10):
             *agent.encode_frames(images))[0], agent.autocast),
         "model": both_ways(lambda: agent.model_terms(batch)[0], agent.autocast),
         "filter": lambda: agent.filter(decisions),
-        "imagination": lambda: agent.expand(*start),
+        "imagination": lambda: agent.expand(feat, last["e"][:, -1]),
         "critic": both_ways(lambda: agent.critic_terms(feat, last)[0]),
         "actor": both_ways(lambda: agent.actor_terms(last["e"][:, 0], cfg.beta)[0]),
         "optimisers": optimisers,
