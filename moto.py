@@ -103,7 +103,7 @@ class Config:
     imagined: float = opt(0.0, "share of imagined transitions in the critic's loss", "[0, 1]")
     bound: float = opt(0.15, "c, largest correction of the prior's action (DEPARTURE)", "(0, 2]")
     beta: float = opt(5.0, "Eq 14: after n online episodes beta / n is the weight of the "
-                      "correction's square. 0: the correction alone is the action", "[0, inf)")
+                      "correction's square. 0 (bound 1): it alone is the action", "[0, inf)")
     noise: float = opt(0.4, "std, in c, of the noise of every second online episode", "[0, inf)")
     warmup: int = opt(10, "online episodes without success before the actor learns", "[0, inf)")
     shift: int = opt(3, "random shifts of images in cloning, in pixels [DrQ: 4 of 84]", "[0, inf)")
@@ -116,7 +116,7 @@ class Config:
     offline_updates: int = opt(800, "N, of the prior, then of the rest [paper: 1000]", "[0, inf)")
     online_episodes: int = opt(30, "online episodes [paper: up to 500]", "[0, inf)")
     updates_per_episode: int = opt(40, "U, updates after each of them [paper: 50]", "[1, inf)")
-    eval_every: int = opt(200, "updates between evaluations, if what acts has changed", "[1, inf)")
+    eval_every: int = opt(200, "updates between evaluations, where what acts learns", "[1, inf)")
     final_episodes: int = opt(50, "episodes per offline and final score; else a fifth", "[1, inf)")
     log_every: int = opt(25, "updates per line of metrics.jsonl", "[1, inf)")
     save_every: int = opt(250, "updates between checkpoints", "[1, inf)")
@@ -1230,7 +1230,7 @@ class Run:
     def __init__(self, cfg, acting=False):
         self.cfg, self.dir, self.videos = cfg, Path(cfg.logdir), None
         self.state = {"updates": 0, "episodes": 0, "failures": 0, "env_steps": 0, "seconds": {},
-                      "scores": {}, "scored": 0, "pending": [], "logged": 0}
+                      "scores": {}, "pending": [], "logged": 0}
         started = time.perf_counter()
         checkpoint = None if acting else self.read_checkpoint()
         self.env = make_env(cfg)
@@ -1388,10 +1388,6 @@ class Run:
         bar.update()
         exit_if_asked()
 
-    def acting_updates(self):
-        """How often what acts has changed."""
-        return int(self.agent.ema_policy.updates)
-
     def score(self, name, episodes):
         """Evaluate once under this name (a resumed run does not repeat it) and log the result."""
         if self.state["scores"].get(name, {}).get("episodes") != episodes:
@@ -1399,12 +1395,12 @@ class Run:
             result, self.videos = evaluate(self.cfg, self.workers, self.agent, episodes)
             self.clock("evaluation", started)
             self.state["scores"][name] = result
-            self.state["scored"] = self.acting_updates()
             self.log({"evaluation": name} | {f"evaluation/{k}": v for k, v in result.items()})
 
     def score_on_the_way(self):
-        n, changed = self.state["updates"], self.state["scored"] != self.acting_updates()
-        if n and n % self.cfg.eval_every == 0 and changed:
+        n = self.state["updates"]
+        constant = self.cfg.offline_updates <= n <= planned_offline(self.cfg)
+        if n and n % self.cfg.eval_every == 0 and not constant:
             self.score(f"update {n}", max(1, self.cfg.final_episodes // 5))
 
 

@@ -429,7 +429,7 @@ def test_eq10_real_decisions_against_a_naive_loop(hold):
     g, N, gamma, bound = torch.Generator().manual_seed(2), 60, 0.9, 0.25
     a, b = (torch.rand(N, hold, 2, generator=g) * 2 - 1 for _ in range(2))
     r, valid = torch.rand(N, hold, generator=g), (torch.rand(N, hold, generator=g) > 0.2).float()
-    over = torch.nn.functional.pad(1 - valid[:, 1:], (0, 1))  # the last step of an episode
+    over = torch.nn.functional.pad(1 - valid[:, 1:], (0, 1), value=1)     # an episode's last step
     terminal = over * (torch.rand(N, hold, generator=g) > 0.5) * valid
     d, reward, discount, weight = moto.real_decisions(a, b, r, terminal, valid, bound, gamma)
     assert d.shape == (N, 2) and reward.shape == discount.shape == weight.shape == (N,)
@@ -506,6 +506,20 @@ def critic_batch(agent):
     batch["valid"][0, 1] = batch["valid"][1, 0] = batch["valid"][3, 1] = 0
     batch["is_terminal"][2, 2] = batch["is_terminal"][3, 1] = 1
     return torch.randn(8, 22), batch
+
+
+def test_decisions_are_filtered_from_before_their_beginning(agent):
+    """The state after the last step, and the last k + 1 steps; an episode begins in one of them."""
+    batch = batch_of(agent.cfg) | {"e": torch.rand(4, 6, 16)}
+    batch["is_first"][2, 3] = True
+    batch["valid"] = (~batch["is_first"][:, 1:]).float()
+    torch.manual_seed(0)
+    feat, last = agent.filter(dict(batch))
+    torch.manual_seed(0)
+    h, z, *_ = agent.model.observe(batch["e"], batch["a"], batch["is_first"])
+    torch.testing.assert_close(feat, torch.cat([h, z], -1)[:, 5])
+    assert all(torch.equal(last[name], batch[name][:, 3:]) for name in batch)
+    assert last["valid"].shape == (4, 2)
 
 
 def test_eq11_critic_terms_against_a_naive_loop():
@@ -589,6 +603,12 @@ def test_eq13_no_action_is_cloned_across_an_episode_boundary(agent):
     nll = lambda **changed: agent.update(batch | changed)["prior/behaviour_nll"]
     assert nll() != 0
     assert nll(valid=torch.zeros(4, 5)) == 0
+    store = moto.Replay(40, 16, 2)                            # of one step each: all are boundaries
+    for _ in range(20):
+        store.add({"image": np.zeros((1, 16, 16, 3), np.uint8), "action": np.zeros((0, 2)),
+                   "reward": np.zeros(0), "terminal": False})
+    sampled = moto.sample_batch(agent.cfg, np.random.default_rng(0), store)
+    assert agent.update(sampled)["prior/behaviour_nll"] == 0
 
 
 def test_eq13_cloning_sees_shifted_images():
@@ -765,7 +785,7 @@ def test_each_loss_reaches_and_moves_its_own_parameters_and_no_others(stage, exp
     assert moved == {*itertools.chain(*expected), *following}
 
 
-def test_the_actor_learns_online_after_some_misses_alone():
+def test_the_actor_learns_online_after_some_failures_alone():
     agent, rows = tiny_agent(warmup=2), []
     at = [flat(agent.actor.parameters())]
     for agent.episodes, agent.failures in ((0, 2), (0, 3), (1, 0), (2, 1), (3, 2), (4, 2)):
@@ -776,26 +796,27 @@ def test_the_actor_learns_online_after_some_misses_alone():
     assert all(math.isfinite(value) for row in rows for value in row.values())
 
 
-def test_misses_are_online_episodes_without_success_also_after_a_stop(dots, tmp_path):
-    """The actor's first update follows the miss that makes them enough, in a run in one piece and
-    in one of two."""
+def test_failures_are_online_episodes_without_success_also_after_a_stop(dots, tmp_path):
+    """The actor's first update follows the failure that makes them enough, in a run in one piece
+    and in one of two."""
     argv = dict(warmup=2, episode_steps=5, data=dots)          # too few steps to be there each time
     for name, parts in (("whole", [8]), ("parts", [5, 8])):
         for count in parts:
             assert moto.main(tiny_flags(**argv, logdir=tmp_path / name, online_episodes=count)) == 0
-        rows, misses, expected, found = metrics_of(tmp_path / name), 0, [], []
+        rows, failures, expected, found = metrics_of(tmp_path / name), 0, [], []
         for row in rows:
-            misses += row.get("episode/success") == 0.0
+            failures += row.get("episode/success") == 0.0
             if "critic/q" in row and row["updates"] > 12:
-                expected.append(misses >= 2)
+                expected.append(failures >= 2)
                 found.append("actor/value" in row)
-        assert found == expected and {True, False} <= set(expected), misses
+        assert found == expected and {True, False} <= set(expected), failures
 
 
 @pytest.mark.parametrize("beta", [5.0, 0.0])
 def test_a_fresh_agent_acts_as_its_behaviour_prior(beta):
     """The correction begins at exactly zero. Without a behaviour term that is the whole action."""
-    policy, state, prior_state = tiny_agent(beta=beta).ema_policy, None, None
+    agent, state, prior_state = tiny_agent(beta=beta, bound=0.15 if beta else 1.0), None, None
+    policy = agent.ema_policy
     clone = moto.Policy(policy.cfg, policy.encoder, policy.prior)
     for image in batch_of(policy.cfg)["image"][0]:
         a, state = policy.act(image, state)
@@ -1568,13 +1589,12 @@ def test_a_run_of_no_updates_scores_and_draws_the_untrained_agent(dots, tmp_path
     assert read_json(tmp_path / "result.json")["updates"] == 4
 
 
-@pytest.mark.parametrize("warmup, online", [(1, (14, 16, 18)), (9, ())])
-def test_a_run_is_scored_on_the_way_if_what_acts_has_changed(dots, tmp_path, warmup, online):
-    """Not while model and critics learn offline, updates 7 to 12, nor before the actor begins."""
-    assert run(dots, tmp_path, eval_every=2, warmup=warmup) == 0
+def test_a_run_is_scored_on_the_way_but_not_while_model_and_critics_learn_offline(dots, tmp_path):
+    """These do so in updates 7 to 12."""
+    assert run(dots, tmp_path, eval_every=2) == 0
     names = [row["evaluation"] for row in metrics_of(tmp_path) if "evaluation" in row]
-    before, after = ([f"update {n}" for n in some] for some in ((2, 4, 6), online))
-    assert names == [*before, "offline", *after, "final"]
+    on_the_way = [f"update {n}" for n in (2, 4, 14, 16, 18)]
+    assert names == [*on_the_way[:2], "offline", *on_the_way[2:], "final"]
 
 
 def test_the_recorded_runs_have_a_score_before_practice_and_one_at_the_end():

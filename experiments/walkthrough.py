@@ -312,7 +312,7 @@ def timeline():
         colour = "tab:blue" if n % 2 == 0 else "white"
         axis.plot(4.3 + n, -4, marker="o", color=colour, mec="tab:blue", ms=8)
     axis.text(-0.15, -4, "episodes (filled: with noise)", **right)
-    axis.text(7.9, -3, "after ten misses:", fontsize=8, **right)
+    axis.text(7.9, -3, "after ten failures:", fontsize=8, **right)
     axis.axvline(4, color="0.3", lw=1)
     axis.set(xlim=(-2.6, 13.2), ylim=(-4.4, 1))
     axis.axis("off")
