@@ -926,10 +926,10 @@ class MOTO(BC):
         """Eq 10 and 11 for N decisions, as from `filter`: feat (N, F) of the state after each, and
         dict of (N, k + 1, ...) -> loss, metrics."""
         cfg, unit, e = self.cfg, self.critic.unit, batch["e"]
-        done = [batch[name][:, 1:] for name in ("a", "r", "is_terminal")]
+        a, r, is_terminal = (batch[name][:, 1:] for name in ("a", "r", "is_terminal"))
         b = self.ema_policy.prior_action(e[:, :-1])
         d, reward, discount, weight = real_decisions(
-            done[0], b, *done[1:], batch["valid"], cfg.bound, cfg.gamma)
+            a, b, r, is_terminal, batch["valid"], cfg.bound, cfg.gamma)
         V, imagined, metrics = self.expand(feat, e[:, -1])
         y = critic_target(reward, discount, V[0])
         q = self.critic(e[:, 0], d)
