@@ -155,6 +155,7 @@ NO_BC = dict(beta=0.0, bound=1.0)
 VARIANTS = {
     "moto": {},
     "no-unc": dict(alpha=0.0),
+    "no-mve": dict(lam=0.0),                                        # no value expansion: no model
     "no-bc": NO_BC,
     "no-bc-no-unc": NO_BC | dict(alpha=0.0),
     "dreamerv2": NO_BC | dict(alpha=0.0, imagined=1.0, hold=1, horizon=5, lam=0.95),  # all dreamt

@@ -889,7 +889,7 @@ def test_what_sets_a_variant_apart_changes_the_update_and_the_rest_is_one_method
         return snapshot(agent)
     defaults = {name: getattr(tiny(), name) for name in moto.VARIANTS["dreamerv2"]}
     whole = after()
-    for name in ("no-unc", "no-bc", "no-bc-no-unc", "dreamerv2"):
+    for name in ("no-unc", "no-mve", "no-bc", "no-bc-no-unc", "dreamerv2"):
         mine, restored = after(name), after(name, **defaults | {"alpha": 50.0})
         equal = {n for n in whole if torch.equal(mine[n], whole[n])}
         draws = name == "dreamerv2"                           # others, in another horizon

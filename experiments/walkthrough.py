@@ -682,8 +682,9 @@ def draw_runs(runs):
                 axis.fill_between(common, success.min(0), success.max(0), alpha=0.15, color=colour)
             else:
                 lines[variant] = axis.axhline(success.mean(), color=colour, ls="--", lw=1)
-        counts = ", ".join(sorted({str(len(seeds)) for seeds in variants.values()}))
-        axis.set(title=f"{task} ({counts})", ylim=(-0.03, 1.03))
+        counts = ", ".join(f"{name} {len(variants[name])}" for name in order if name in variants)
+        axis.set_title(f"{task} ({counts})", fontsize=9)
+        axis.set(ylim=(-0.03, 1.03))
     for axis in axes.flat[len(runs):]:
         axis.set_visible(False)
     axes[0, 0].set_ylabel("success rate")
@@ -693,8 +694,8 @@ def draw_runs(runs):
                   fontsize=8)
 
 
-HONESTY = (("moto", "tab:blue", "-"), ("no-unc", "tab:red", "-"), ("no-bc", "tab:blue", "--"),
-           ("no-bc-no-unc", "tab:red", "--"))
+HONESTY = (("moto", "tab:blue", "-"), ("no-unc", "tab:red", "-"), ("no-mve", "tab:green", "-"),
+           ("no-bc", "tab:blue", "--"), ("no-bc-no-unc", "tab:red", "--"))
 
 
 def draw_honesty(runs):
