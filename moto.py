@@ -865,7 +865,8 @@ class MOTO(BC):
         metrics. Raises FloatingPointError."""
         if "decisions" not in batch:
             return super().update(batch)
-        cfg, decisions = self.cfg, batch.pop("decisions")
+        cfg, batch = self.cfg, dict(batch)                # the caller's stays as it is
+        decisions = batch.pop("decisions")
         torch.compiler.cudagraph_mark_step_begin()        # CUDA graphs reuse their memory from here
         with self.autocast():
             loss, metrics = self.model_terms(batch | {"x": to_image(batch["image"])})

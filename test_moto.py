@@ -785,6 +785,13 @@ def test_each_loss_reaches_and_moves_its_own_parameters_and_no_others(stage, exp
     assert moved == {*itertools.chain(*expected), *following}
 
 
+def test_an_update_leaves_its_batch_as_it_was(agent):
+    batch = practice_batch(agent.cfg)
+    kept = dict(batch)
+    agent.update(batch)
+    assert batch.keys() == kept.keys() and all(batch[name] is kept[name] for name in kept)
+
+
 def test_the_actor_learns_online_after_some_failures_alone():
     agent, rows = tiny_agent(warmup=2), []
     at = [flat(agent.actor.parameters())]
