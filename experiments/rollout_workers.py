@@ -55,6 +55,7 @@ class RolloutWorkers:
         try:
             yield from self.pool.map(there, items) if self.pool else map(here, items)
         except BrokenExecutor:
+            self.close()                                  # its thread must end before Python does
             moto.exit_if_asked()                          # the signal went to all of them
             raise moto.EpisodeError(
                 "a rollout worker has died (out of memory? it may have said why): use --workers 1. "
