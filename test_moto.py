@@ -1738,13 +1738,10 @@ def test_the_command_that_evaluates_and_the_one_that_shows_runs(finished, capsys
 
 
 @pytest.mark.parametrize("panels", [1, 2, 7])
-def test_the_legend_of_all_variants_fits_beneath_the_panels(tmp_path, monkeypatch, panels):
-    drawn = []
-    monkeypatch.setattr(pictures, "save_figure", lambda fig, path: drawn.append(fig))
+def test_the_legend_of_all_variants_fits_above_the_panels(panels):
     groups = {variant: [({}, {0: {}, 100: {}})] for variant in moto.VARIANTS}
     tasks = {f"task {n}": groups for n in range(panels)}
-    reproduce.draw_groups(tmp_path / "curves.png", tasks, "success", lambda row: 0.5)
-    figure, = drawn
+    figure = reproduce.draw_groups(tasks, "success", lambda row: 0.5)
     figure.draw_without_rendering()
     legend = figure.legends[0].get_window_extent()
     assert len(figure.legends[0].texts) == len(moto.VARIANTS)
@@ -2729,29 +2726,39 @@ def test_auc_is_the_probability_of_the_right_order():
     assert math.isnan(diagnose.auc([], [1]))
 
 
-def test_diagnosis_begins_with_the_value_estimate_and_off_data_heads_disagree():
+def test_diagnosis_begins_with_the_value_estimate():
     agent = online_agent(critics=1)
     randomised(agent.actor)
     images = [np.roll(random_image(), n, 0) for n in range(6)]
-    episode = {"image": images, "action": [np.full(2, 0.5, np.float32)] * 5, "reward": [0.0] * 5}
-    values = agent.values(np.stack(episode["image"])).numpy()
+    values = agent.values(np.stack(images)).numpy()
     assert values.shape == (6,) and values.std() > 0
     np.testing.assert_allclose(values[0], agent.value_estimate(images[0]), rtol=1e-4)
-    torch.manual_seed(0)
-    executed, uniform, corrected = diagnose.disagreements(agent, episode, np.random.default_rng(0))
-    torch.manual_seed(0)
+
+
+def test_diagnosis_asks_for_the_disagreement_of_whole_decisions():
+    agent = online_agent(hold=3)
+    images = [np.roll(random_image(), n, 0) for n in range(6)]
+    actions = [np.full(2, 0.1 * n, np.float32) for n in range(5)]
+    episode = {"image": images, "action": actions, "reward": [0.0] * 5}
+
+    def ask():
+        torch.manual_seed(0)
+        return diagnose.disagreements(agent, episode, np.random.default_rng(0))
+    executed, uniform, corrected = ask()
+    assert executed.shape == (3,) and (uniform != executed).all() and (corrected != executed).all()
     agent.cfg.bound = 0.0
-    again, _, uncorrected = diagnose.disagreements(agent, episode, np.random.default_rng(0))
-    np.testing.assert_allclose(executed, again)
-    np.testing.assert_allclose(executed, uncorrected)         # without a bound: the executed one
-    assert (uniform != executed).all() and (corrected != executed).all()
+    np.testing.assert_allclose(ask()[2], executed)            # without a bound: the executed ones
+    actions[4] = -actions[4]                                  # the third step of the last decision
+    changed = ask()[0]
+    np.testing.assert_allclose(changed[:2], executed[:2])
+    assert changed[2] != executed[2]
 
 
 def test_diagnose_prints_what_a_run_knows_and_refuses_one_without_a_model(
         dots, finished, tmp_path, capsys):
     assert diagnose.main([str(finished), "--episodes", "2"]) == 0
     out = capsys.readouterr().out
-    for words in ("success", "AUC of the critics, by step: 0:", "uniform actions", "actor/value"):
+    for words in ("success", "AUC of the critics, by step: 0:", "uniform: AUC", "actor/value"):
         assert words in out
     assert run(dots, tmp_path / "bc", variant="bc", online_episodes=0) == 0
     one_sentence(capsys, [tmp_path / "bc"], "bc", "no world model", program=diagnose)

@@ -6,9 +6,11 @@
 - Critics: the area under the ROC curve (AUC) of their value, at a step, as a prediction of whether
   the episode will succeed after it: 1 they know, 0.5 they guess. Only episodes that have not
   succeeded before that step count.
-- Disagreement: the AUC with which u tells other actions from the executed ones, at the same states:
-  uniform ones (off the data), and those of other corrections within the bound (all that the actor
-  can choose). Where the second is near 0.5 the penalty cannot guide the actor.
+- Disagreement: u, its mean over the k steps of a decision, tells other decisions from the executed
+  actions: one uniform action, held (off the data), and the executed actions with another correction
+  within the bound, held (all that the actor can choose). Two figures each: the AUC over all states,
+  and the share of states where u is higher than for the executed actions from the same state. Where
+  the share for corrections is near a half the penalty cannot guide the actor.
 - Actor, critics and penalty: the latest training metrics.
 
 Axes and letters as in moto.py.
@@ -36,30 +38,37 @@ def auc(positive, negative):
 
 @torch.no_grad()
 def disagreements(agent, episode, rng):
-    """u (L,) along an episode under three actions at each state: the executed one, a uniform one,
-    and the executed one plus another correction within the bound."""
-    model, bound = agent.model, agent.cfg.bound
+    """u under three decisions of k steps from each of an episode's states but the last k - 1, its
+    mean over those steps: the executed actions, one uniform action, and the executed ones plus
+    another correction within the bound -> (3, L - k + 1)."""
+    model, cfg = agent.model, agent.cfg
     e, a, is_first = pictures.as_sequence(agent, episode)
-    h, z, *_ = (value[0, :-1] for value in model.observe(e, a, is_first))
-    executed = a[0, 1:]
-    noise = [torch.as_tensor(rng.uniform(-1, 1, executed.shape).astype(np.float32)).to(a.device)
-             for _ in range(2)]
-    choices = executed, noise[0], (executed + bound * noise[1]).clamp(-1, 1)
-    return [moto.disagreement(model.prior(model.recurrence(h, z, choice))[0]).cpu().numpy()
-            for choice in choices]
+    h, z, *_ = (value[0, :-cfg.hold] for value in model.observe(e, a, is_first))
+    executed = a[0, 1:].unfold(0, cfg.hold, 1).movedim(-1, 0)                       # (k, N, A)
+    uniform, correction = (torch.as_tensor(rng.uniform(-1, 1, executed.shape[1:]), device=a.device,
+                                           dtype=a.dtype).expand_as(executed) for _ in range(2))
+    means = []
+    for actions in executed, uniform, (executed + cfg.bound * correction).clamp(-1, 1):
+        state, us = (h, z), []
+        for action in actions:
+            deterministic = model.recurrence(*state, action)
+            heads = model.prior(deterministic)[0]
+            state = deterministic, heads.mean(0)
+            us.append(moto.disagreement(heads))
+        means.append(torch.stack(us).mean(0))
+    return torch.stack(means).cpu().numpy()
 
 
 def diagnose(run, episodes):
     """Play fresh episodes -> dict: success; AUC of the critics by step; of the disagreement."""
     cfg, agent, rng = run.cfg, run.agent, np.random.default_rng(0)
     seeds = [moto.episode_seed(cfg, "evaluation", 30_000 + index) for index in range(episodes)]
-    values, first_success, u = [], [], [[], [], []]
+    values, first_success, u = [], [], []
     for episode in run.workers.play(agent.ema_policy, seeds):
         values.append(agent.values(np.stack(episode["image"])).cpu().numpy())
         reward = np.array([0, *episode["reward"]])
         first_success.append(int(reward.argmax()) if episode["success"] else np.inf)
-        for column, value in zip(u, disagreements(agent, episode, rng)):
-            column.append(value)
+        u.append(disagreements(agent, episode, rng))
         moto.exit_if_asked()
     first_success, by_step = np.array(first_success), {}
     for step in range(0, cfg.episode_steps, max(1, cfg.episode_steps // 10)):
@@ -67,18 +76,20 @@ def diagnose(run, episodes):
         now = np.array([value[min(step, len(value) - 1)] for value in values])
         later = np.isfinite(first_success)
         by_step[step] = auc(now[going & later], now[going & ~later])
-    executed, uniform, corrected = (np.concatenate(column) for column in u)
+    executed, uniform, corrected = np.concatenate(u, 1)
+    others = {"uniform": uniform, "correction": corrected}
     return {"success": float(np.isfinite(first_success).mean()), "critic_auc": by_step,
-            "uniform_auc": auc(uniform[::7], executed[::7]),
-            "correction_auc": auc(corrected[::7], executed[::7])}
+            "u_auc": {name: auc(other[::7], executed[::7]) for name, other in others.items()},
+            "u_higher": {name: float((other > executed).mean()) for name, other in others.items()}}
 
 
 def report(result, rows):
     """The result and the latest metrics as lines of text."""
     lines = [f"success {result['success']:.0%}", "AUC of the critics, by step: " + ", ".join(
         f"{step}: {value:.2f}" for step, value in result["critic_auc"].items())]
-    lines.append(f"AUC of the disagreement: uniform actions {result['uniform_auc']:.2f}, other "
-                 f"corrections {result['correction_auc']:.2f}")
+    lines += [f"disagreement over a decision, {name}: AUC {result['u_auc'][name]:.2f}, higher than "
+              f"for the executed actions at {result['u_higher'][name]:.0%} of the states"
+              for name in result["u_auc"]]
     latest = {}
     for row in rows:
         latest |= row

@@ -35,6 +35,7 @@ from baselines import moto                              # with iql, cql and sac 
 import pictures
 from moto import UserError
 
+GAP = "promised minus real return\n(units of 1 / (1 - gamma))"
 EXECUTORS = "process", "slurm", "local"
 NOT_COMPARED = {"seed", "logdir", "preset", "device", "precision", "compile", "workers", "cache",
                 "eval_every", "eval_episodes", "final_episodes", "log_every", "save_every"}
@@ -158,12 +159,12 @@ def print_table(tasks):
                   f"{low:.0%} to {high:.0%} | {members[0][0]['online_episodes']} |")
 
 
-def draw_groups(path, tasks, ylabel, value, **limits):
-    """A panel per task, a line per configuration: value(row) over online episodes, the mean over
-    seeds and a band from the lowest to the highest."""
+def draw_groups(tasks, ylabel, value, **limits):
+    """A figure with a panel per task, a line per configuration: value(row) over online episodes,
+    the mean over seeds and a band from the lowest to the highest."""
     columns, colors, handles = min(5, len(tasks)), {}, {}
     lines = math.ceil(len(tasks) / columns)
-    size = 4.4 * columns, 3.6 * lines
+    size = 3.6 * columns, 3 * lines
     fig, axes = pictures.figure(*size, lines, columns, squeeze=False, sharey=True)
     for axis in axes.flat[len(tasks):]:
         axis.set_visible(False)
@@ -182,16 +183,16 @@ def draw_groups(path, tasks, ylabel, value, **limits):
             elif common:                                  # no online phase: a level to compare with
                 line = axis.axhline(y.mean(), ls="--", color=color, lw=1)
                 handles.setdefault(name, line)
-        seeds = max(map(len, groups.values()))
-        axis.set(title=f"{task} ({seeds} seed{'s' * (seeds > 1)})", **limits,
-                 xlabel="online episodes (0: after the offline phase)")
+        counts = sorted({len(members) for members in groups.values()})
+        seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
+        axis.set(title=f"{task} ({seeds} seed{'s' * (counts[-1] > 1)})", **limits)
         axis.axhline(0, color="black", lw=0.8)
         axis.grid(alpha=0.3)
         if not axis.collections:
             axis.set_xticks([])                           # levels alone: no episodes to count
-    fig.legend(handles.values(), handles, loc="outside lower center", ncols=2 * columns)
-    pictures.save_figure(fig, path)
-    print(f"wrote {path}", file=sys.stderr)
+    fig.supxlabel("online episodes (0: after the offline phase)", fontsize="medium")
+    fig.legend(handles.values(), handles, loc="outside upper center", ncols=2 * columns)
+    return fig
 
 
 def plot(folders):
@@ -206,12 +207,13 @@ def plot(folders):
     ylabel = "success rate"
     if any(task in moto.KITCHENS for task in tasks):
         ylabel += " (kitchen: objects in place / 4)"
-    with pictures.decorative("curves.png"):
-        draw_groups(parent / "curves.png", tasks, ylabel, solved, ylim=(-0.03, 1.03))
     compared = {task: groups for task, groups in tasks.items() if len(groups.keys() - {"bc"}) > 1}
-    with pictures.decorative("gap.png"):
-        draw_groups(parent / "gap.png", compared or tasks,
-                    "promised minus real return\n(units of 1 / (1 - gamma))", gap)
+    for name, *drawn, limits in (
+            ("curves.png", tasks, ylabel, solved, dict(ylim=(-0.03, 1.03))),
+            ("gap.png", compared or tasks, GAP, gap, {})):
+        with pictures.decorative(name):
+            pictures.save_figure(draw_groups(*drawn, **limits), parent / name)
+            print(f"wrote {parent / name}", file=sys.stderr)
     print_table(tasks)
 
 

@@ -2,7 +2,7 @@
 against a reader's function; what it prepares, and what it draws, in the notebook's order.
 
 Axes and letters as in moto.py. Functions named draw_* leave a figure, which `picture` shows."""
-import contextlib, inspect, io, json, sys, warnings
+import contextlib, inspect, io, json, re, sys, warnings
 from pathlib import Path
 
 import matplotlib
@@ -35,11 +35,11 @@ def show(thing):
     display(Markdown(f"```python\n{inspect.getsource(thing)}```"))
 
 
-def picture(alt):
-    """The figure just drawn, as a PNG of 256 colours (less than half the size); `alt` is what those
-    read who cannot see it."""
+def picture(alt, figure=None):
+    """A figure, by default the one just drawn, as a PNG of 256 colours (less than half the size);
+    `alt` is what those read who cannot see it."""
     drawn, small = io.BytesIO(), io.BytesIO()
-    plt.savefig(drawn)
+    (figure or plt).savefig(drawn)
     plt.close()
     colours = Pixels.open(drawn).convert("RGB").quantize(256, dither=Pixels.Dither.NONE)
     colours.save(small, "png", optimize=True)
@@ -64,7 +64,8 @@ def check(name, function, tests):
         patch.setattr(test_moto.moto, name, function)       # the tests read moto.py for themselves
         pytest.main(["-q", "--tb=no", "--color=no", "-p", "no:cacheprovider", "-W", "ignore",
                      "-k", tests, str(ROOT / "test_moto.py")])
-    print(*[line.split(" in ")[0] for line in said.getvalue().splitlines()      # without seconds
+    print(*[re.sub(r"(, \d+ deselected)? in [\d.]+s.*", "", line)
+            for line in said.getvalue().splitlines()
             if line.startswith("FAILED") or "passed" in line or "failed" in line], sep="\n")
 
 
@@ -211,13 +212,11 @@ def random_mdp(seed, X=12, A=3, gamma=0.9, samples=150, members=5):
             "start": np.eye(X)[0], "gamma": gamma}
 
 
-def recorded_runs(folder):
-    """The runs in a folder -> {task: {variant: [{online episode: row of metrics} of each seed]}}"""
-    runs = {}
-    for path in sorted(Path(folder).glob("*-seed*/")):
-        config, rows = reproduce.read_run(path)
-        runs.setdefault(config["task"], {}).setdefault(config["variant"], []).append(rows)
-    return runs
+def practised(folder):
+    """The runs in a folder whose task has one with an online phase, as of reproduce.grouped."""
+    runs = reproduce.read_runs(sorted(Path(folder).glob("*-seed*/")))
+    return {task: groups for task, groups in reproduce.grouped(runs).items()
+            if any(len(rows) > 1 for members in groups.values() for _, rows in members)}
 
 
 def open_kitchen():
@@ -657,62 +656,6 @@ def in_one_world(world, alphas, blind):
     return rows
 
 
-def practised(runs):
-    """Of recorded runs (as of `recorded_runs`) the tasks of which one run has an online phase."""
-    return {task: variants for task, variants in runs.items()
-            if any(len(seed) > 1 for seeds in variants.values() for seed in seeds)}
-
-
-def draw_runs(runs):
-    """Success of recorded runs over online episodes, a panel for each task that was practised;
-    band: the seeds' range; dashed: a run without an online phase."""
-    runs = practised(runs)
-    order, rows, lines = [*moto.VARIANTS], -(-len(runs) // 5), {}
-    colours = {name: f"C{n}" for n, name in enumerate(order)} | {"bc": "k"}
-    columns = min(5, len(runs))
-    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns + 1, 2.7 * rows), sharey=True,
-                                squeeze=False)
-    for axis, (task, variants) in zip(axes.flat, runs.items()):
-        for variant in sorted(variants, key=order.index):
-            seeds, colour = variants[variant], colours[variant]
-            common = sorted(set.intersection(*[set(seed) for seed in seeds]))
-            success = np.array([[reproduce.solved(seed[n]) for n in common] for seed in seeds])
-            if len(common) > 1:
-                lines[variant], = axis.plot(common, success.mean(0), "o-", ms=3, color=colour)
-                axis.fill_between(common, success.min(0), success.max(0), alpha=0.15, color=colour)
-            else:
-                lines[variant] = axis.axhline(success.mean(), color=colour, ls="--", lw=1)
-        counts = ", ".join(f"{name} {len(variants[name])}" for name in order if name in variants)
-        axis.set_title(f"{task} ({counts})", fontsize=9)
-        axis.set(ylim=(-0.03, 1.03))
-    for axis in axes.flat[len(runs):]:
-        axis.set_visible(False)
-    axes[0, 0].set_ylabel("success rate")
-    figure.supxlabel("online episodes (number of seeds in brackets)", fontsize=9)
-    names = [name for name in colours if name in lines]
-    figure.legend([lines[name] for name in names], names, loc="outside upper center", ncols=9,
-                  fontsize=8)
-
-
-HONESTY = (("moto", "tab:blue", "-"), ("no-unc", "tab:red", "-"), ("no-mve", "tab:green", "-"),
-           ("no-bc", "tab:blue", "--"), ("no-bc-no-unc", "tab:red", "--"))
-
-
-def draw_honesty(runs):
-    """Promised minus real value over online episodes, of recorded runs with an online phase."""
-    runs = practised(runs)
-    _, axes = plt.subplots(1, len(runs), figsize=(5.5 * len(runs), 3), sharey=True, squeeze=False)
-    for axis, (task, variants) in zip(axes.flat, runs.items()):
-        for variant, colour, style in HONESTY:
-            for n, rows in enumerate(variants.get(variant, [])):
-                gaps = [(episode, reproduce.gap(row)) for episode, row in sorted(rows.items())]
-                axis.plot(*zip(*gaps), style, marker="o", ms=3, color=colour, alpha=0.7,
-                          label="_" * n + variant)
-        axis.axhline(0, color="k", lw=0.8)
-        axis.set(title=task, xlabel="online episodes", ylabel="promised - real")
-        axis.legend(fontsize=7)
-
-
 def draw_kitchen(images, name, reward=None, predicted=None, dreams=None, most=None):
     """Images of an episode in Franka Kitchen, and below over steps: the true reward (T-1,) and the
     model's (T,) where given; the rewards of dreams (T, N); `most`: the largest of a demonstration,
@@ -735,7 +678,7 @@ def draw_kitchen(images, name, reward=None, predicted=None, dreams=None, most=No
 def scoreboard(*names):
     """A row for each named agent of toy.AGENTS, from the recorded file: returns and promises."""
     table = json.loads(toy.FILE.read_text())
-    _, axis = plt.subplots(figsize=(9, 0.6 + 0.36 * len(names)))
+    figure, axis = plt.subplots(figsize=(9, 0.9 + 0.36 * len(names)))
     for row, name in enumerate(names):
         seeds = table[name].values()
         column = lambda key: np.array([seed[key] for seed in seeds if key in seed])
@@ -751,5 +694,12 @@ def scoreboard(*names):
               f"{column('online_right').mean():.2f}   all {every.mean():.2f} "
               f"({every.min():.2f} to {every.max():.2f})")
     axis.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5),
-             xlim=(-0.6, 0.9), xlabel="return (x: promised)")
+             xlabel="return")
     axis.grid(axis="y", lw=0.3)
+    legend = (("from the left", "o", dict(color="tab:red")),
+              ("from the right", "o", dict(color="tab:blue")),
+              ("before practice", "o", dict(mfc="none", mec="grey")),
+              ("promised", "x", dict(color="grey")))
+    figure.legend(handles=[plt.Line2D([], [], ls="", marker=marker, label=label, **colours)
+                           for label, marker, colours in legend],
+                  loc="outside upper center", ncols=4, fontsize=8)
