@@ -67,7 +67,7 @@ class Config:
     task: str = opt("drawer-open", "a Meta-World task, kitchen-partial, kitchen-mixed, gym:ENV_ID, "
                     "or gym:MODULE:ENV_ID for one that another package registers")
     variant: str = opt("moto", "moto, an ablation (each changes numbers of this config), or bc")
-    preset: str = opt("auto", "debug (seconds), laptop (default on CPU), paper (default on a GPU)")
+    preset: str = opt("auto", "debug (a minute), laptop (default on CPU), paper (default on a GPU)")
     seed: int = opt(0, "of networks, batches, demonstrations, episodes", "[0, 4294967296)")
     logdir: str = opt("", "run folder, continued if it holds a run; else runs/TASK-VARIANT-seedN")
     device: str = opt("auto", "cpu, cuda, or auto")
@@ -103,7 +103,7 @@ class Config:
     imagined: float = opt(0.0, "share of imagined transitions in the critic's loss", "[0, 1]")
     bound: float = opt(0.15, "c, largest correction of the prior's action (DEPARTURE)", "(0, 2]")
     beta: float = opt(5.0, "Eq 14: after n online episodes beta / n is the weight of the "
-                      "correction's square. 0 (bound 1): it alone is the action", "[0, inf)")
+                      "correction's square. 0 (bound 1): no prior, d is the action", "[0, inf)")
     noise: float = opt(0.4, "std, in c, of the noise of every second online episode", "[0, inf)")
     warmup: int = opt(10, "online episodes without success before the actor learns", "[0, inf)")
     shift: int = opt(3, "random shifts of images in cloning, in pixels [DrQ: 4 of 84]", "[0, inf)")
@@ -116,7 +116,7 @@ class Config:
     offline_updates: int = opt(800, "N, of the prior, then of the rest [paper: 1000]", "[0, inf)")
     online_episodes: int = opt(30, "online episodes [paper: up to 500]", "[0, inf)")
     updates_per_episode: int = opt(40, "U, updates after each of them [paper: 50]", "[1, inf)")
-    eval_every: int = opt(200, "updates between evaluations, where what acts learns", "[1, inf)")
+    eval_every: int = opt(200, "updates between evaluations; none in the second stage", "[1, inf)")
     final_episodes: int = opt(50, "episodes per offline and final score; else a fifth", "[1, inf)")
     log_every: int = opt(25, "updates per line of metrics.jsonl", "[1, inf)")
     save_every: int = opt(250, "updates between checkpoints", "[1, inf)")
@@ -309,8 +309,9 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """`heads` critics: feature (..., E), correction or action (..., A) -> Q (heads, ...).
 
-    The output is in units of 1 / (1 - gamma), the return of a reward of one for ever. Normalised
-    layers keep the critics from extrapolating apart off the data. Source: RLPD (Ball 2023)."""
+    The networks' output is Q in units of 1 / (1 - gamma), the return of a reward of one for ever;
+    so are losses and metrics. Normalised layers keep the critics from extrapolating apart off the
+    data. Source: RLPD (Ball 2023)."""
 
     def __init__(self, cfg, action_size, heads=2):
         super().__init__()
@@ -554,9 +555,10 @@ def critic_target(reward, discount, V0):
 
         y_t = sum_{i<k} gamma^i r_{t+1+i} + gamma^k V^0(s_{t+k})
 
-    reward, discount (N,) as from `real_decisions`; V0 (N,): V^0 at the state that follows. The real
-    reward is not penalised. SHARP: the discount is zero where the task ended; at a time limit it is
-    not, and the value goes on. The target of imagined decisions is V^j itself."""
+    reward, discount (N,) as from `real_decisions`; V0 (N,): V^0 at the state that follows: Q at its
+    real feature, and imagination from its filtered latent. The real reward is not penalised. SHARP:
+    the discount is zero where the task ended; at a time limit it is not, and the value goes on. The
+    target of imagined decisions is V^j itself."""
     return reward + discount * V0
 
 
@@ -566,7 +568,7 @@ def weighted_mean(value, weight):
 
 
 def critic_loss(q, y, weight, unit):
-    """Eq 11: weighted mean squared error of all critics, in the units of Critic.
+    """Eq 11: weighted mean squared error of all critics, in units of `unit` (see Critic).
 
     q (heads, ...), y, weight (...) -> scalar. The targets carry no gradient. The critics differ by
     their initialisation; the smaller one of two is used in V [TD3]."""
@@ -603,9 +605,10 @@ def actor_loss(q, d, weight):
 
         L = -E[Q(e, d)] / E|Q(e, d)| + beta / n E[d^2],    d = actor(e)
 
-    q (heads, ...), d (..., A), its square averaged over A; weight: beta / n, n the online episodes
-    so far: the more practice the critics have seen, the less they need the prior. Divided by its
-    own size the value has no scale, and |d| <= 1 bounds the correction. Source: TD3+BC."""
+    q (heads, ...), of what the limits of an action leave of d; d (..., A), its square averaged over
+    A; weight: beta / n, n all online episodes so far: the more practice the critics have seen, the
+    less they need the prior. Divided by its own size the value has no scale, and |d| <= 1 bounds
+    the correction. Source: TD3+BC."""
     return -q.mean() / q.abs().mean().detach().clamp(min=1e-3) + weight * d.square().mean()
 
 
@@ -634,7 +637,8 @@ def tabular_bound(P, P_hat, r, u, alpha, gamma, pi, start):
 
     P true, P_hat learned transitions (X, A, X); r, u (X, A); pi (X, A); start (X,). E_pi[u] is the
     discounted sum of u along pi in the model. Returns (J(pi_hat), the right-hand side, whether the
-    condition holds). Source: MOPO, theorem 4.4."""
+    condition holds). SHARP: Eq 7 charges only what u exceeds its mean by, and disagreement need not
+    bound the error: the theorem is why there is a penalty, not a promise. Source: MOPO, 4.4."""
     pi_hat = tabular_optimum(P_hat, r - alpha * u, gamma)
     J = lambda policy: start @ tabular_value(P, r, policy, gamma)
     largest_value = np.abs(r).max() / (1 - gamma)
@@ -697,7 +701,6 @@ class Policy(nn.Module):
         """What the limits of an action leave of the correction d: what the critics are asked."""
         return (self.action(e, d) - self.prior_action(e)) / self.cfg.bound
 
-    @torch.no_grad()
     def encode(self, image):
         """Features e (L, E) of an episode's first L images, uint8 (L, P, P, 3)."""
         image = torch.as_tensor(image, device=self.updates.device)
@@ -705,7 +708,6 @@ class Policy(nn.Module):
         one_episode = torch.zeros(image.shape[:2], dtype=torch.bool, device=image.device)
         return self.encoder(to_image(stacked(image, one_episode)[0]))
 
-    @torch.no_grad()
     def act(self, image, state=None, generator=None):
         """One step: uint8 image (P, P, 3), carried state (None at a reset) -> a (A,), next state.
 
@@ -878,7 +880,7 @@ class MOTO(BC):
         loss, more = self.critic_terms(feat, decisions)
         metrics |= more | self.step(loss, "critic")
         update_target(self.target, self.critic, cfg.target_rate)
-        if self.episodes and self.failures >= cfg.warmup:     # SHARP: critics that saw none flatter
+        if self.episodes and self.failures >= cfg.warmup:     # SHARP: without failures Q flatters
             loss, more = self.actor_terms(decisions["e"][:, 0], cfg.beta / self.episodes)
             metrics |= more | self.step(loss, "actor")
             self.ema_policy.update_ema(actor=self.actor)
@@ -945,7 +947,6 @@ class MOTO(BC):
             metrics["critic/imagined"] = on_imagined.detach()
         return loss, metrics
 
-    @torch.no_grad()
     def values(self, image):
         """The target critics' mean (L,) at an episode's first L images, times 1 - gamma."""
         policy, e = self.ema_policy, self.ema_policy.encode(image)
@@ -1092,7 +1093,8 @@ class Replay:
 
 def sample_batch(cfg, rng, replay):
     """B sequences of T steps: all offline before there is online data, then `offline_fraction` of
-    them. Once the replay has features: of T' steps, and DECISIONS B `decisions` of k + 1 (or 9)."""
+    them. Once the replay has features: of T' steps, and DECISIONS B `decisions` of k + 1 steps, at
+    least 9 (fewer in a short sequence): those before the last k + 1 start the filter."""
     def draw(count, length, without=()):
         offline = round(cfg.offline_fraction * count) if replay.choices("online", length) else count
         parts = [replay.sample(rng, number, length, part, without) for part, number in
@@ -1170,7 +1172,8 @@ def rollout(cfg, env, policy, seed, sample=False):
 
 
 def evaluate(cfg, workers, agent, episodes, first=0):
-    """Fresh episodes from the evaluation stream -> (result, the first four episodes).
+    """Episodes `first`, first + 1, ... of the evaluation stream, on which nothing is ever trained
+    -> (result, the first four of them).
 
     result: `success`, the share of episodes with any successful step; `episodes`; and, in units of
     1 / (1 - gamma), `return`, the discounted rewards to the time limit; `infinite_horizon_return`,
@@ -1428,12 +1431,12 @@ def collect_online(run):
 
 def pretrain(run):
     """Offline: updates on the static data alone, then the offline score."""
-    state, N = run.state, planned_offline(run.cfg)
-    with tqdm(total=N, initial=min(state["updates"], N), desc="offline") as bar:
-        while state["updates"] < N:
+    state, offline = run.state, planned_offline(run.cfg)
+    with tqdm(total=offline, initial=min(state["updates"], offline), desc="offline") as bar:
+        while state["updates"] < offline:
             run.score_on_the_way()
             run.update(bar, "offline")
-    if state["updates"] == N:
+    if state["updates"] == offline:
         run.save()                                        # a score has a checkpoint beside it
         run.score("offline", run.cfg.final_episodes)
         run.save()
@@ -1442,15 +1445,17 @@ def pretrain(run):
 def finetune(run):
     """Online: one episode with the present policy, then U updates on old and new data together;
     again. Ends with the final score; without online episodes that is the offline score."""
-    cfg, state, N, end = run.cfg, run.state, planned_offline(run.cfg), planned_updates(run.cfg)
-    with tqdm(total=end - N, initial=state["updates"] - N, desc="online", disable=end == N) as bar:
+    cfg, state = run.cfg, run.state
+    offline, end = planned_offline(cfg), planned_updates(cfg)
+    with tqdm(total=end - offline, initial=state["updates"] - offline, desc="online",
+              disable=end == offline) as bar:
         while state["updates"] < end:
             state["scores"].pop("final", None)                         # of a run that was shorter
             run.score_on_the_way()
-            if state["updates"] == N + state["episodes"] * cfg.updates_per_episode:
+            if state["updates"] == offline + state["episodes"] * cfg.updates_per_episode:
                 collect_online(run)
             run.update(bar, "online")
-    if end == N:
+    if end == offline:
         state["scores"]["final"] = state["scores"]["offline"]
     run.score("final", cfg.final_episodes)
     run.save()
@@ -1466,8 +1471,8 @@ def nearest(name, known):
 
 def add_config_flags(parser):
     """Give an argparse parser, of argument_default SUPPRESS, one flag per field of Config."""
-    parser.epilog = ("Defaults are those of the preset laptop; the numbers of the others are in "
-                     f"PRESETS in moto.py. Variants: {', '.join(VARIANTS)}.")
+    parser.epilog = ("Defaults are those of the preset laptop; PRESETS, TASKS and VARIANTS in "
+                     f"moto.py change some. Variants: {', '.join(VARIANTS)}.")
     for f in dataclasses.fields(Config):
         allowed = f", in {f.metadata['allowed']}" if f.metadata["allowed"] else ""
         text = f"{f.metadata['help']} (default: {f.default!r}{allowed})".replace("%", "%%")

@@ -187,7 +187,7 @@ def bench_growth(cfg, repeat=4):
                          "width": ["channels", "deter", "stoch", "hidden"]}.items():
         calls = {}
         for factor in (0.5, 1, 2):
-            least = {"length": cfg.hold + moto.FRAMES}
+            least = {"length": cfg.hold + moto.FRAMES, "horizon": 0}
             sizes = {name: max(least.get(name, 1), round(factor * getattr(cfg, name)))
                      for name in names}
             calls[f"{factor:g}x"] = learner(dataclasses.replace(cfg, **sizes), warm=1)[1]

@@ -37,8 +37,8 @@ from moto import UserError
 
 GAP = "promised minus real return\n(units of 1 / (1 - gamma))"
 EXECUTORS = "process", "slurm", "local"
-NOT_COMPARED = {"seed", "logdir", "preset", "device", "precision", "compile", "workers", "cache",
-                "eval_every", "eval_episodes", "final_episodes", "log_every", "save_every"}
+NOT_COMPARED = {"seed", "logdir", "preset", "device", "precision", "workers", "cache",
+                "eval_every", "final_episodes", "log_every", "save_every"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,8 +123,7 @@ def gap(row):
     """The value estimate minus the real return, both in units of 1 / (1 - gamma); None without an
     estimate."""
     if "evaluation/value_estimate" in row:
-        real = row.get("evaluation/infinite_horizon_return", row["evaluation/return"])
-        return row["evaluation/value_estimate"] - real
+        return row["evaluation/value_estimate"] - row["evaluation/infinite_horizon_return"]
 
 
 def interval(rows, draws=10_000):
