@@ -196,8 +196,7 @@ def draw_groups(tasks, ylabel, value, **limits):
 
 def plot(folders):
     """Print the table of the runs in `folders`, and draw curves.png (success) and gap.png (by how
-    much the critics overestimate, on tasks with several variants) into the folder that holds them.
-    A folder counts once. Raises UserError on one that is no run, and where no run has a score."""
+    much the critics overestimate) into the folder that holds them. A folder counts once. Raises UserError on one that is no run, and where no run has a score."""
     folders = list(dict.fromkeys(Path(folder).expanduser().resolve() for folder in folders))
     tasks = grouped(read_runs(folders))
     parent = folders[0].parent
@@ -205,11 +204,10 @@ def plot(folders):
         parent = Path(os.path.commonpath([folder.parent for folder in folders]))
     ylabel = "success rate"
     if any(task in moto.KITCHENS for task in tasks):
-        ylabel += " (kitchen: objects in place / 4)"
-    compared = {task: groups for task, groups in tasks.items() if len(groups.keys() - {"bc"}) > 1}
+        ylabel += "\n(kitchen: objects in place / 4)"
     for name, *drawn, limits in (
             ("curves.png", tasks, ylabel, solved, dict(ylim=(-0.03, 1.03))),
-            ("gap.png", compared or tasks, GAP, gap, {})):
+            ("gap.png", tasks, GAP, gap, {})):
         with pictures.decorative(name):
             pictures.save_figure(draw_groups(*drawn, **limits), parent / name)
             print(f"wrote {parent / name}", file=sys.stderr)
