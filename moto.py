@@ -31,7 +31,8 @@ here, not as in the paper, of which abstract, project page and captions were rea
 
 Axes:    B batch, T time, T' = T - 2 (steps that have three images), H horizon, K ensemble,
          A action, E feature, D deterministic, S stochastic, F = D + S (state), N any number of
-         rows (not the N above), P pixels a side, L steps of an episode.
+         rows (not the N above), P pixels a side, L steps of an episode (Eq 16: P transitions, X
+         states).
 Letters: x image, a action, r reward, z stochastic latent, h deterministic latent, s = (h, z),
          e feature of three images, b the behaviour prior (its mean action), d correction in units
          of its bound c (a demonstrator's may be larger), k steps for which it is held, u
@@ -100,7 +101,7 @@ class Config:
     lam: float = opt(0.5, "Eq 9: weight of what is imagined", "[0, 1]")
     alpha: float = opt(0.5, "penalty, Eq 7: reward lost where u is twice its mean", "[0, inf)")
     critics: int = opt(5, "critics; the smaller one of two drawn is used [REDQ: 10]", "[1, inf)")
-    imagined: float = opt(0.0, "share of imagined transitions in the critic's loss", "[0, 1]")
+    imagined: float = opt(0.0, "weight of imagined decisions in the critic's loss", "[0, 1]")
     bound: float = opt(0.15, "c, largest correction of the prior's action (DEPARTURE)", "(0, 2]")
     beta: float = opt(5.0, "Eq 14: after n online episodes beta / n is the weight of the "
                       "correction's square. 0 (bound 1): no prior, d is the action", "[0, inf)")
@@ -155,7 +156,7 @@ NO_BC = dict(beta=0.0, bound=1.0)
 VARIANTS = {
     "moto": {},
     "no-unc": dict(alpha=0.0),
-    "no-mve": dict(lam=0.0),                                        # no value expansion: no model
+    "no-mve": dict(lam=0.0),                                        # nothing imagined counts
     "no-bc": NO_BC,
     "no-bc-no-unc": NO_BC | dict(alpha=0.0),
     "dreamerv2": NO_BC | dict(alpha=0.0, imagined=1.0, hold=1, horizon=5, lam=0.95),  # all dreamt
@@ -434,7 +435,7 @@ def kl_balanced(q, p, balance, free_nats):
 
     q: (mean, std) of (N, S); p: (mean, std) of (K, N, S). w = `balance`; sg stops the gradient, so
     w = 0.8 moves the prior towards the posterior four times as hard as the other way round. Returns
-    nats (K, N). Source: DreamerV2; DreamerV3 for clipping each of the two terms."""
+    nats (K, N). Source: DreamerV2; DreamerV3 for clipping each step's KL, not their mean."""
     q_sg, p_sg = [value.detach() for value in q], [value.detach() for value in p]
     train_prior = kl_normal(*q_sg, *p).clamp(min=free_nats)
     train_posterior = kl_normal(*q, *p_sg).clamp(min=free_nats)
@@ -494,7 +495,7 @@ def imagine(model, policy, actor, h, z, e, horizon, hold):
 
     h (N, D), z (N, S), e (N, E) of real steps; policy: a Policy, which has b and c -> dict of e
     (H+1, N, E) and the effective d (H+1, N, A), one per decision; feat (H k + 1, N, F), one per
-    state, and u (H k, N), where u^i = u(s^i, a^{i+1}).
+    state, and u (H k, N), one per step: of the state before it and its action.
     Sources: Dreamer; LOMPO and PETS for the drawn head."""
     N, K = h.shape[0], model.cfg.ensemble
     es, ds, feats, us = [e], [actor(e)], [torch.cat([h, z], -1)], []
@@ -524,7 +525,7 @@ def accumulate(reward, discount):
 
 
 def value_expansion(reward, discount, q, lam):
-    """Eq 9: the lambda-return along 0 to H imagined decisions, computed backwards.
+    """Eq 9: a lambda-return that begins at horizon 0, over H imagined decisions, backwards.
 
         V^j = (1 - lam) Q(e^j, d^j) + lam [r~^j + discount^j V^{j+1}],   V^H = Q(e^H, d^H)
 
@@ -568,7 +569,7 @@ def weighted_mean(value, weight):
 
 
 def critic_loss(q, y, weight, unit):
-    """Eq 11: weighted mean squared error of all critics, in units of `unit` (see Critic).
+    """Eq 11: the critics' squared errors, summed over critics, in units of `unit` (see Critic).
 
     q (heads, ...), y, weight (...) -> scalar. The targets carry no gradient. The critics differ by
     their initialisation; the smaller one of two is used in V [TD3]."""
@@ -629,8 +630,8 @@ def tabular_optimum(P, r, gamma, sweeps=2000):
 
 
 def tabular_bound(P, P_hat, r, u, alpha, gamma, pi, start):
-    """Eq 16, Theorem B.1 on a table: the policy optimal in the penalised model is nearly as good as
-    any policy pi whose actions the model knows.
+    """Eq 16, MOPO's bound, taken for Theorem B.1's, on a table: the policy that is optimal in the
+    penalised model is nearly as good as any policy pi whose actions the model knows.
 
         J(pi_hat) >= J(pi) - 2 alpha E_pi[u]
         if alpha u(s, a) >= gamma max|V| |P_hat - P|_1 at every (s, a)
@@ -889,7 +890,7 @@ class MOTO(BC):
     @torch.no_grad()
     def filter(self, decisions):
         """Of decisions (N, T, ...): the state after the last step, feat (N, F), and the last k + 1
-        steps, dict of (N, k + 1, ...). The steps before them start the filter."""
+        steps, dict of (N, k + 1, ...). Steps before them, if any, start the filter."""
         h, z, *_ = self.model.observe(*(decisions[name] for name in ("e", "a", "is_first")))
         last = {name: value[:, -self.cfg.hold - 1:] for name, value in decisions.items()}
         last["valid"] = decisions["valid"][:, -self.cfg.hold:]
@@ -1094,7 +1095,7 @@ class Replay:
 def sample_batch(cfg, rng, replay):
     """B sequences of T steps: all offline before there is online data, then `offline_fraction` of
     them. Once the replay has features: of T' steps, and DECISIONS B `decisions` of k + 1 steps, at
-    least 9 (fewer in a short sequence): those before the last k + 1 start the filter."""
+    least 9 (fewer in a short sequence): any before the last k + 1 start the filter."""
     def draw(count, length, without=()):
         offline = round(cfg.offline_fraction * count) if replay.choices("online", length) else count
         parts = [replay.sample(rng, number, length, part, without) for part, number in

@@ -36,12 +36,13 @@ def show(thing):
 
 
 def picture(alt, figure=None):
-    """A figure, by default the one just drawn, as a PNG of 256 colours (less than half the size);
+    """A figure, by default the one just drawn, as a PNG of 256 colours (a third of the size);
     `alt` is what those read who cannot see it."""
     drawn, small = io.BytesIO(), io.BytesIO()
     (figure or plt).savefig(drawn)
     plt.close()
-    colours = Pixels.open(drawn).convert("RGB").quantize(256, dither=Pixels.Dither.NONE)
+    colours = Pixels.open(drawn).convert("RGB").quantize(
+        256, method=Pixels.Quantize.FASTOCTREE, dither=Pixels.Dither.NONE)
     colours.save(small, "png", optimize=True)
     display(Image(small.getvalue(), alt=alt))
 
@@ -229,9 +230,14 @@ def open_kitchen():
 
 # ---- What it draws -------------------------------------------------------------------------------
 
-def strip(axis, images, title="", every=1):
-    """Images (T, P, P, 3) side by side."""
-    axis.imshow(np.concatenate(list(images[::every]), 1))
+def strip(axis, images, title="", when=None):
+    """Images (T, P, P, 3) side by side; with their steps `when` (T,), evenly spaced, each in the
+    middle of its step on the x axis."""
+    shape = dict(aspect="equal")
+    if when is not None:
+        half = (when[-1] - when[0]) / (len(when) - 1) / 2
+        shape = dict(aspect="auto", extent=(when[0] - half, when[-1] + half, 0, 1))
+    axis.imshow(np.concatenate(list(images), 1), **shape)
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, loc="left", fontsize=9)
     for side in axis.spines.values():
@@ -242,7 +248,7 @@ def still():
     """A frame of each half of README's GIF."""
     gif = Pixels.open(ROOT / "experiments/figures/agents.gif")
     _, axes = plt.subplots(1, 4, figsize=(13, 3.7))
-    for part, (axis, frame) in enumerate(zip(axes, (45, 45, 68, 68))):
+    for part, (axis, frame) in enumerate(zip(axes, (68, 68, 68, 68))):
         gif.seek(frame)
         image = np.asarray(gif.convert("RGB"))[:, 192 * part:192 * (part + 1)]
         strip(axis, [image], ("agent", "its model's prediction")[part % 2])
@@ -317,12 +323,15 @@ def timeline():
     axis.axis("off")
 
 
-def film(axis, images, name, end=None, count=12):
+def film(axis, images, name, end=None, count=12, below=None):
     """`count` images from the first to that of step `end` (None: the last), named with their
-    steps."""
+    steps; `below`: the axis of steps under which they stand."""
     last = len(images) - 1
     when = np.linspace(0, last if end is None else end, count).astype(int).clip(0, last)
-    strip(axis, np.stack(images)[when], f"{name}: steps {', '.join(map(str, when))}")
+    title = f"{name}: steps {', '.join(map(str, when))}"
+    strip(axis, np.stack(images)[when], title, None if below is None else when)
+    if below is not None:
+        below.set_xlim(axis.get_xlim())
 
 
 def draw_episodes(episodes):
@@ -378,12 +387,12 @@ def draw_filter(images, decoded, std):
     """True images, those decoded from the filtered state, and the posterior's standard deviations
     (T, S)."""
     figure, axes = plt.subplots(3, 1, figsize=(13, 4.2), height_ratios=[1, 1, 1.3])
-    film(axes[0], images, "what the camera sees", len(std) - 1)
-    film(axes[1], decoded, "decoded from the filtered state", len(std) - 1)
-    shades = axes[2].imshow(std.T, aspect="auto", cmap="viridis_r", vmin=0)
+    shades = axes[2].imshow(std.T, aspect="auto", cmap="viridis_r", vmin=0.1)
+    film(axes[0], images, "what the camera sees", len(std) - 1, below=axes[2])
+    film(axes[1], decoded, "decoded from the filtered state", len(std) - 1, below=axes[2])
     axes[2].set(xlabel="step", ylabel="element of z (sorted)",
                 title="standard deviation of the posterior")
-    figure.colorbar(shades, ax=axes[2])
+    figure.colorbar(shades, ax=axes)
 
 
 def draw_heads(mean_p, mean_q, elements):
@@ -401,16 +410,16 @@ def draw_heads(mean_p, mean_q, elements):
 def draw_open_loop(real, imagined, true_reward, reward, seen):
     """True and predicted images and rewards, from shortly before the step `seen`, after which the
     model sees actions only; true_reward (T,) of the images, as `reward`."""
-    when, t = np.arange(max(seen - 4, 0), len(real), 4), np.arange(max(seen - 4, 0), len(real))
+    when, t = np.arange(max(seen - 2, 0), len(real), 4), np.arange(max(seen - 4, 0), len(real))
     _, axes = plt.subplots(3, 1, figsize=(13, 4.2), height_ratios=[1, 1, 1.2])
-    strip(axes[0], real[when], f"truth, steps {when[0]} to {when[-1]}")
-    strip(axes[1], imagined[when], "model: after the white line it sees actions only")
+    strip(axes[0], real[when], f"truth, steps {when[0]} to {when[-1]}", when)
+    strip(axes[1], imagined[when], "model: after the white line it sees actions only", when)
     for axis in axes[:2]:
-        axis.axvline(real.shape[2] * (seen - when[0]) / 4, color="white", lw=3)
+        axis.axvline(seen, color="white", lw=3)
     axes[2].plot(t, np.asarray(true_reward)[t], "k", label="true reward")
     axes[2].plot(t, reward[t], "tab:green", label="predicted")
     axes[2].axvline(seen, color="grey", ls=":")
-    axes[2].set(xlabel="step", ylim=(-0.05, 1.1))
+    axes[2].set(xlabel="step", xlim=axes[0].get_xlim(), ylim=(-0.05, 1.1))
     axes[2].legend(loc="center left")
 
 
@@ -460,7 +469,7 @@ def draw_plans(plans):
     _, axes = plt.subplots(1, 3, figsize=(13, 2.6), sharex=True)
     for (alpha, (promised, real, u)), colour in zip(plans.items(), ("tab:red", "tab:blue")):
         for axis, values in zip(axes, (promised, real, u)):
-            axis.plot(values, color=colour, label=f"alpha = {alpha:g}")
+            axis.plot(range(1, len(values) + 1), values, color=colour, label=f"alpha = {alpha:g}")
         print(f"alpha = {alpha:g}: imagined {promised.sum():5.1f} of {len(promised)}, "
               f"real {sum(real):4.1f}, mean disagreement {u.mean():4.1f} times the usual")
     axes[0].set(title="imagined reward", ylim=(-0.05, 1.05), xlabel="step")
@@ -661,7 +670,7 @@ def draw_kitchen(images, name, reward=None, predicted=None, dreams=None, most=No
     model's (T,) where given; the rewards of dreams (T, N); `most`: the largest of a demonstration,
     as a red line."""
     _, axes = plt.subplots(2, 1, figsize=(13, 3.2), height_ratios=[1, 1.2])
-    film(axes[0], images, name)
+    film(axes[0], images, name, below=axes[1])
     if reward is not None:
         axes[1].plot([0, *reward], "k", label="true reward: wanted objects in place")
     if dreams is not None:
